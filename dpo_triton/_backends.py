@@ -1,0 +1,84 @@
+"""The three stages as one value, and the one place that asks which implementation can run on a device."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BackendName = Literal["auto", "triton", "torch"]
+
+
+class Backend(NamedTuple):
+    """Three stage functions with the arguments and results of the operators in `_ops`."""
+
+    partials: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    combine: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+    grad: Callable[..., Tensor]
+    num_splits: Callable[[int], int]  # vocabulary size -> entries of the partials for each token
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend `name` for tensors on `device`; "auto" is Triton on a GPU and PyTorch elsewhere.
+
+    Raises:
+        ModuleNotFoundError: Triton is asked for, or needed for "auto" on a GPU, and is not installed.
+        RuntimeError: Triton is asked for and nothing here can run its kernels on tensors of `device`.
+        TypeError: Triton and float64.
+    """
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "torch"
+    if name == "torch":
+        return _torch_backend()
+    if dtype == torch.float64:
+        raise TypeError(
+            "logits are float64, and the Triton backend computes in float32; pass float32, bfloat16 or "
+            'float16 logits, or backend="torch"'
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ModuleNotFoundError(
+            f'backend="triton" (the default on a {device.type} device) needs Triton, which is not installed; '
+            "install it with `pip install triton` (Linux; on Windows `pip install triton-windows`), "
+            'or pass backend="torch"'
+        )
+    if not _triton_serves(device.type, os.environ.get("TRITON_INTERPRET", "0")):
+        raise RuntimeError(
+            f'backend="triton" got tensors on {device}, and no active Triton driver serves that device; move '
+            "them to a GPU, set TRITON_INTERPRET=1 before the first import of triton to run the kernels in "
+            'Triton\'s interpreter, or pass backend="torch"'
+        )
+    return _triton_backend()
+
+
+@functools.cache
+def _torch_backend() -> Backend:
+    from . import _torch_backend
+
+    return Backend(
+        _torch_backend.partials,
+        _torch_backend.combine,
+        _torch_backend.grad,
+        _torch_backend.num_splits,
+    )
+
+
+@functools.cache
+def _triton_backend() -> Backend:
+    from . import kernels
+
+    return Backend(kernels.partials, kernels.combine, kernels.grad, kernels.num_splits)
+
+
+def _triton_serves(device_type: str, interpret: str) -> bool:
+    if interpret.lower() in ("1", "true", "yes", "on"):
+        return True
+    import triton
+
+    try:
+        active = triton.runtime.driver.active.get_active_torch_device().type
+    except RuntimeError:  # "0 active drivers": no GPU here
+        return False
+    return bool(active == device_type)

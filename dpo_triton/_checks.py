@@ -1,0 +1,136 @@
+"""Every complaint about inputs that can be made without reading a tensor's values."""
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ._backends import BackendName
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum")
+# In the order of the partials' channels.
+TOKEN_STATS = ("entropy", "mean_logit", "top1", "log_sum_sq_probs")
+SEQUENCE_STATS = ("lengths", "token_logps", *TOKEN_STATS)
+
+
+def check_logits(logits: Tensor, cu_seqlens: Tensor | None, inplace_backward: bool) -> None:
+    """Dtype, layout and dimensions of logits."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(
+            f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}; "
+            "pass the model's logits, not token ids"
+        )
+    if logits.device.type == "mps":
+        raise ValueError(
+            "logits are on an mps device, which has no float64 for the sums over tokens; "
+            "pass logits.cpu() and labels.cpu()"
+        )
+    if cu_seqlens is None and logits.ndim != 3:
+        raise ValueError(
+            f"logits must be (B, T, V), got {tuple(logits.shape)}; for packed (N, V) logits pass cu_seqlens, "
+            "for one sequence logits[None] and labels[None]"
+        )
+    if cu_seqlens is not None and logits.ndim != 2:
+        raise ValueError(
+            f"logits must be (N, V) with cu_seqlens, got {tuple(logits.shape)}; "
+            "drop cu_seqlens for a padded batch, or flatten to logits.view(-1, V)"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits must have a vocabulary of at least one token in their last dimension, got {tuple(logits.shape)}"
+        )
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            "logits must be contiguous in their last dimension, the vocabulary, got strides "
+            f"{tuple(logits.stride())}; call logits.contiguous(), or transpose before the head and not after it"
+        )
+    if inplace_backward:
+        rows = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
+        if any(size > 1 and stride < logits.shape[-1] for size, stride in rows):
+            raise ValueError(
+                f"inplace_backward=True needs rows that do not share memory, got logits of strides "
+                f"{tuple(logits.stride())}; logits made by expand() cannot hold their own gradient"
+            )
+
+
+def check_tokens(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Shape, dtype and device of what stands beside the logits."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, "
+            f"got {tuple(labels.shape)}; labels[b, t] is scored by logits[b, t]: for next tokens pass both "
+            "whole with shift=True"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}; call labels.long()")
+    tensors = {"labels": labels}
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a torch.Tensor or None, got {type(mask).__name__}")
+        if mask.shape != labels.shape:
+            raise ValueError(
+                f"mask must have the shape of labels, {tuple(labels.shape)}, got {tuple(mask.shape)}; "
+                "with shift=True the mask is taken at the label, so neither is sliced"
+            )
+        if mask.dtype.is_complex:
+            raise TypeError(f"mask must be bool, integer or floating, got {mask.dtype}")
+        if mask.requires_grad:
+            raise ValueError("mask must not require a gradient, which is not computed; pass mask.detach()")
+        tensors["mask"] = mask
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(
+                f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}; "
+                "it is the running sum of the sequences' lengths with a 0 in front"
+            )
+        tensors["cu_seqlens"] = cu_seqlens
+    for name, tensor in tensors.items():
+        if tensor.device != logits.device:
+            raise ValueError(
+                f"{name} must be on the device of logits, {logits.device}, got {tensor.device}; "
+                f"pass {name}.to(logits.device)"
+            )
+
+
+def check_scaling(temperature: float, logit_scale: float, softcap: float | None) -> None:
+    """Positive, finite numbers."""
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                f"{name} must be a number, got {type(value).__name__}; a tensor would need .item(), "
+                "which waits for the device"
+            )
+        if not (math.isfinite(value) and value > 0):
+            cure = "; pass None for no cap" if name == "softcap" else ""
+            raise ValueError(f"{name} must be positive and finite, got {value}{cure}")
+
+
+def check_choices(
+    reduction: str | None, stats: Sequence[str], allowed_stats: Sequence[str], ignore_index: int, backend: str
+) -> None:
+    """Names out of a list, and ignore_index."""
+    if reduction is not None and reduction not in REDUCTIONS:
+        raise ValueError(
+            f'reduction must be "mean" or "sum", got {reduction!r}; for one value a token use fused_token_logprob'
+        )
+    if isinstance(stats, str):
+        raise TypeError(f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)')
+    unknown = [name for name in stats if name not in allowed_stats]
+    if unknown:
+        raise ValueError(f"stats must be out of {', '.join(allowed_stats)}; got {unknown[0]!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if backend not in get_args(BackendName):
+        raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}')

@@ -1,0 +1,207 @@
+"""Second stage: from partials to log-probabilities, and from those to one value a sequence.
+
+    r[n]    = log sum over j != y of exp(z[n, j])  -  z[n, y]       the log-odds against the target
+    logp[n] = -softplus(r[n])
+    value   = sum of weight * logp over the sequence, / sum of weight for the mean; 0 where nothing is scored
+
+Everything is per token here, so it is computed in float64: what is left of rounding is that of the float32
+sums of exponentials and one last rounding. Splits and tokens are added in a fixed order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tiles import LN2, LOWEST, exponent_scale, on_device, softplus
+
+
+# One program per sequence walks its tokens in blocks, and each token's splits in order.
+@triton.jit(do_not_specialize=["num_tokens", "seq_len", "vocab_size", "num_splits"])
+def _combine_kernel(
+    partials_ptr,  # (C, K, N) float32: peak, total, then what each stat asked for
+    target_ptr,  # (N,) float32
+    weights_ptr,  # (N,) float32, 0 where not scored
+    cu_seqlens_ptr,  # (S + 1,) int32 or int64, or None: sequences of seq_len tokens
+    values_ptr,  # (S,) float32, out
+    lengths_ptr,  # (S,) float32, out: sum of weights
+    logps_ptr,  # (N,) float32, out
+    peak_ptr,  # (N,) float32, out: reference point of the row's exponents, its target included
+    total_ptr,  # (N,) float32, out: sum over all j of 2 ** (z / ln 2 - peak)
+    stats_ptr,  # (E, N) float32, out
+    num_tokens,
+    seq_len,
+    vocab_size,
+    num_splits,
+    exponent_scale,
+    PACKED: tl.constexpr,
+    REDUCTION: tl.constexpr,  # "mean", "sum", or "none": sequences are then only blocks of tokens
+    ENTROPY: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    TOP1: tl.constexpr,
+    LOG_SUM_SQ_PROBS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    s = tl.program_id(0).to(tl.int64)
+    if PACKED:
+        first = tl.load(cu_seqlens_ptr + s).to(tl.int64)
+        bound = tl.load(cu_seqlens_ptr + s + 1).to(tl.int64)
+    else:
+        first = s * seq_len
+        bound = tl.minimum(first + seq_len, num_tokens)
+    scale = tl.cast(exponent_scale, tl.float32).to(tl.float64)  # the very number that partials used
+    channel = num_splits * num_tokens  # below 2**31: partials had as many programs
+
+    weighted_logps = tl.zeros([BLOCK_T], tl.float64)
+    weight_sum = tl.zeros([BLOCK_T], tl.float64)
+    num_scored = tl.zeros([BLOCK_T], tl.int32)
+    for start in range(first, bound, BLOCK_T):
+        n = start + tl.arange(0, BLOCK_T)
+        inside = n < bound
+        weight = tl.load(weights_ptr + n, mask=inside, other=0.0)
+        scored = weight != 0.0
+        u_y = tl.load(target_ptr + n, mask=scored, other=0.0).to(tl.float64)
+        target = u_y * scale  # in bits, exact: 24 x 24 bits
+
+        # Everybody but the target, relative to the largest split.
+        peak = tl.full([BLOCK_T], LOWEST, tl.float32)
+        for k in range(num_splits):
+            split_ptr = partials_ptr + k * num_tokens + n
+            peak = tl.maximum(peak, tl.load(split_ptr, mask=scored, other=LOWEST))
+        others = tl.zeros([BLOCK_T], tl.float64)
+        weighted = tl.zeros([BLOCK_T], tl.float64)
+        logit_sum = tl.zeros([BLOCK_T], tl.float64)
+        rivals = tl.zeros([BLOCK_T], tl.float32)
+        square_sum = tl.zeros([BLOCK_T], tl.float64)
+        for k in range(num_splits):
+            split_ptr = partials_ptr + k * num_tokens + n
+            offset = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64) - peak
+            shrink = tl.exp2(offset)
+            split_ptr += channel
+            total = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
+            others += total * shrink
+            if ENTROPY:
+                split_ptr += channel
+                products = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
+                weighted += (products + offset * total) * shrink
+            if MEAN_LOGIT:
+                split_ptr += channel
+                logit_sum += tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
+            if TOP1:
+                split_ptr += channel
+                rivals = tl.maximum(rivals, tl.load(split_ptr, mask=scored, other=0.0))
+            if LOG_SUM_SQ_PROBS:
+                split_ptr += channel
+                squares = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
+                square_sum += squares * shrink * shrink
+
+        log_odds = (peak - target + tl.log2(others)) * LN2
+        # A target of +inf or NaN would look certain: inf < inf and nan < inf are both false.
+        log_odds = tl.where(target < float("inf"), log_odds, float("nan"))
+        logp = tl.where(scored, -softplus(log_odds), 0.0)
+        tl.store(logps_ptr + n, logp.to(tl.float32), mask=inside)
+        weighted_logps += tl.where(scored, logp * weight, 0.0)
+        weight_sum += weight
+        num_scored += scored.to(tl.int32)
+
+        # The whole row, its target included, is what the gradient divides by.
+        row_peak = tl.maximum(peak, target.to(tl.float32))
+        offset = peak.to(tl.float64) - row_peak
+        shrink = tl.exp2(offset)
+        target_offset = target - row_peak
+        e_y = tl.exp2(target_offset)
+        total = others * shrink + e_y
+        tl.store(peak_ptr + n, row_peak, mask=scored)
+        tl.store(total_ptr + n, total.to(tl.float32), mask=scored)
+
+        stat_ptr = stats_ptr + n
+        if ENTROPY:  # log total - sum of p * (z - peak)
+            products = tl.where(e_y > 0.0, e_y * target_offset, 0.0)
+            products += tl.where(others > 0.0, (weighted + offset * others) * shrink, others)
+            entropy = tl.where(scored, (tl.log2(total) - products / total) * LN2, 0.0)
+            tl.store(stat_ptr, entropy.to(tl.float32), mask=inside)
+            stat_ptr += num_tokens
+        if MEAN_LOGIT:
+            mean_logit = tl.where(scored, logit_sum * scale * LN2 / vocab_size, 0.0)
+            tl.store(stat_ptr, mean_logit.to(tl.float32), mask=inside)
+            stat_ptr += num_tokens
+        if TOP1:
+            tl.store(stat_ptr, tl.where(scored, 1.0 - rivals, 0.0), mask=inside)
+            stat_ptr += num_tokens
+        if LOG_SUM_SQ_PROBS:
+            square_sum = square_sum * shrink * shrink + e_y * e_y
+            log_squares = (tl.log2(square_sum) - 2.0 * tl.log2(total)) * LN2
+            tl.store(stat_ptr, tl.where(scored, log_squares, 0.0).to(tl.float32), mask=inside)
+
+    if REDUCTION != "none":
+        value = tl.sum(weighted_logps)
+        length = tl.sum(weight_sum)
+        if REDUCTION == "mean":
+            value = value / tl.where(tl.sum(num_scored) > 0, length, 1.0)
+        tl.store(values_ptr + s, value.to(tl.float32))
+        tl.store(lengths_ptr + s, length.to(tl.float32))
+
+
+def combine(
+    partials: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    reduction: str,
+    vocab_size: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    stats: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return float32 values (S,), lengths (S,), logps (B, T), peak (B * T,), total (B * T,), stats (E, B, T).
+
+    With reduction "none" values and lengths are empty.
+    """
+    batch, seq_len = weights.shape
+    num_tokens = batch * seq_len
+    if reduction == "none":
+        num_sequences, num_programs, seq_len = 0, triton.cdiv(num_tokens, BLOCK_T), BLOCK_T
+    else:
+        num_sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        num_programs = num_sequences
+    values = weights.new_empty(num_sequences)
+    lengths = weights.new_empty(num_sequences)
+    logps = torch.empty_like(weights)
+    peak = torch.empty_like(target)
+    total = torch.empty_like(target)
+    token_stats = weights.new_empty((len(stats), *weights.shape))
+    if num_programs > 0:
+        with on_device(weights):
+            _combine_kernel[(num_programs,)](
+                partials,
+                target,
+                weights,
+                cu_seqlens if reduction == "none" or cu_seqlens is None else cu_seqlens.contiguous(),
+                values,
+                lengths,
+                logps,
+                peak,
+                total,
+                token_stats,
+                num_tokens,
+                seq_len,
+                vocab_size,
+                partials.shape[1],
+                exponent_scale(temperature, logit_scale, softcap),
+                PACKED=cu_seqlens is not None and reduction != "none",
+                REDUCTION=reduction,
+                ENTROPY="entropy" in stats,
+                MEAN_LOGIT="mean_logit" in stats,
+                TOP1="top1" in stats,
+                LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
+                BLOCK_T=BLOCK_T,
+                num_warps=4,
+            )
+    return values, lengths, logps, peak, total, token_stats
+
+
+# Tokens a program handles at a time: 4 a thread. A constant, like SPLIT_V: it fixes the order of the sums.
+BLOCK_T = 512
