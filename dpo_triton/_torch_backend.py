@@ -7,18 +7,16 @@ the vocabulary alone.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of the buffer: many enough to make the cost of starting an operation vanish; 6 MiB of float32.
-BUFFER_NUMEL = 3 << 19
+# Elements of the buffer: many enough to make the cost of starting an operation vanish; 6.5 MiB of float32.
+BUFFER_NUMEL = 13 << 17
 # Exponents are relative to the largest logit of a row's first columns; the true maximum would cost a seventh
 # of the forward pass. A sum outside of [1 / TRUSTED, TRUSTED] says that the guess was poor: that row is walked
 # again from its true maximum.
-PEAK_COLUMNS = 16384
+PEAK_COLUMNS = 2048
 TRUSTED = 2.0**24
 # The lowest exponent: finite, so that a row of -inf never makes inf - inf.
 LOWEST = -1.0e30
@@ -27,12 +25,7 @@ LN2 = math.log(2.0)
 COMBINE_TOKENS = 1 << 14
 
 
-class _Block(NamedTuple):
-    """Consecutive scored tokens: positions lo to hi among them, and their logits rows as runs of neighbours."""
-
-    lo: int
-    hi: int
-    runs: list[tuple[int, int]]  # (first row, number of rows)
+Run = tuple[int, int]  # first logits row, number of rows
 
 
 def num_splits(vocab_size: int) -> int:
@@ -66,62 +59,66 @@ def partials(
 
     scale = _exponent_scale(temperature, logit_scale, softcap, dtype)
     grid = _row_grid(logits)
-    rows = (scored - int(shift)).cpu().numpy()
+    rows = scored - int(shift)
+    group, row = rows.div(grid.shape[1], rounding_mode="floor"), rows % grid.shape[1]
+    target = _cap_(grid[group, row, y[:, 0]].to(dtype), logit_scale, softcap)
+
+    rows = rows.cpu().numpy()
     max_rows = _buffer_rows(logits, len(rows))
     buffer = _empty(max_rows, logits, dtype)
     spare = _empty(max_rows if "entropy" in stats else 0, logits, dtype)
-    channels = torch.empty((2 + len(stats), len(rows)), dtype=dtype, device=logits.device)
-    target = torch.empty((len(rows), 1), dtype=dtype, device=logits.device)
-    for block in _blocks(rows, grid.shape[1], max_rows):
-        here = slice(block.lo, block.hi)
-        u = _load(grid, block.runs, buffer, logit_scale, softcap)
-        torch.gather(u, 1, y[here], out=target[here])
-        exponents = buffer[: len(u)]
-        channels[:, here] = _fold(u, exponents, y[here], target[here], scale, False, spare, stats)
-        total = channels[1, here]
-        for i in (~((total >= 1 / TRUSTED) & (total <= TRUSTED))).nonzero().flatten().tolist():
-            n = block.lo + i
-            u = buffer[:1].copy_(_load(grid, [(rows[n], 1)], buffer, logit_scale, softcap))
-            channels[:, n : n + 1] = _fold(u, u, y[n : n + 1], target[n], scale, True, spare, stats)
+    channels = torch.empty((2 + len(stats), len(rows), 1), dtype=dtype, device=logits.device)
+    peak, total, *sums = channels
+    for runs in _blocks(rows, grid.shape[1], len(rows)):
+        guesses = [view[:, :PEAK_COLUMNS].amax(1, keepdim=True) for view in _views(grid, runs)]
+        torch.mul(_cap_(torch.cat(guesses).to(dtype), logit_scale, softcap), scale, out=peak)
+    # Views for each block are made here, all at once: in the loop they would cost a tenth of it.
+    per_block = zip(*(x.split(max_rows) for x in (y, -peak, total, *sums)), strict=True)
+    for runs, (block_y, negative_peak, *out) in zip(_blocks(rows, grid.shape[1], max_rows), per_block, strict=False):
+        workspace = buffer if len(block_y) == max_rows else buffer[: len(block_y)]
+        u = _load(grid, runs, workspace, logit_scale, softcap)
+        _fold(u, workspace, block_y, scale, negative_peak, out, spare, stats)
+    for n in (~((total >= 1 / TRUSTED) & (total <= TRUSTED))).flatten().nonzero().flatten().tolist():
+        here = slice(n, n + 1)
+        u = _load(grid, [(int(rows[n]), 1)], buffer[:1], logit_scale, softcap)
+        others_peak = u.scatter(1, y[here], -math.inf).amax(1, keepdim=True)
+        torch.mul(others_peak, scale, out=peak[here]).clamp_(min=LOWEST)
+        _fold(u, buffer[:1], y[here], scale, -peak[here], [x[here] for x in (total, *sums)], spare, stats)
 
-    partials = torch.empty((2 + len(stats), 1, labels.numel()), dtype=dtype, device=logits.device)
-    partials[:, 0, scored] = channels
-    targets = torch.empty(labels.numel(), dtype=dtype, device=logits.device)
-    targets[scored] = target.squeeze(1)
+    num_tokens = labels.numel()
+    partials = channels.new_empty((2 + len(stats), 1, num_tokens))
+    partials.index_copy_(2, scored, channels.transpose(1, 2))
+    targets = channels.new_empty(num_tokens).index_copy_(0, scored, target)
     return partials, targets, weights
 
 
 def _fold(
-    u: Tensor,  # (R, V); overwritten where it is `exponents`
-    exponents: Tensor,  # (R, V), workspace
+    u: Tensor,  # (R, V); may be the workspace
+    workspace: Tensor,  # (R, V), overwritten
     y: Tensor,  # (R, 1)
-    u_y: Tensor,  # (R, 1)
     scale: float,
-    exact_peak: bool,
-    spare: Tensor,  # (R, V), workspace for the entropy
+    negative_peak: Tensor,  # (R, 1)
+    out: Sequence[Tensor],  # (R, 1) each: the total, and what each stat asks for
+    spare: Tensor,  # (at least R, V) for the entropy, overwritten
     stats: Sequence[str],
-) -> Tensor:
-    """Sums over each row: (C, R), peak and total over j != y and what the stats ask for."""
-    extra = {}
-    if "mean_logit" in stats:
-        extra["mean_logit"] = u.sum(1)
-    if "top1" in stats:  # the first maximum wins a tie
-        extra["top1"] = (u.argmax(1) != y[:, 0]).to(u.dtype)
-    if exact_peak:
-        u.scatter_(1, y, -math.inf)
-    guess = u if exact_peak else u[:, :PEAK_COLUMNS]
-    peak = guess.amax(1, keepdim=True).mul_(scale).clamp_(min=LOWEST)
-    torch.add(-peak, u, alpha=scale, out=exponents)  # one fused multiply-add
+) -> None:
+    """Sum 2 ** (scale * u - peak) over j != y of each row, and what the stats ask for."""
+    total, *rest = out
+    sums = dict(zip(stats, rest, strict=True))
+    if "mean_logit" in sums:
+        _row_sums(u, out=sums["mean_logit"])
+    if "top1" in sums:  # 0 where the label is the first maximum
+        torch.ne(u.argmax(1, keepdim=True), y, out=sums["top1"])
+    exponents = torch.add(negative_peak, u, alpha=scale, out=workspace)  # one fused multiply-add
     exponents.scatter_(1, y, -math.inf)
-    if "entropy" in stats:
-        finite_exponents = spare[: len(u)].copy_(exponents).clamp_(min=-1.0e4)  # 0 * -inf is NaN
+    if "entropy" in sums:
+        products = torch.clamp(exponents, min=-1.0e4, out=spare[: len(u)])  # 0 * -inf is NaN
     e = torch.exp2(exponents, out=exponents)
-    total = _row_sums(e)
-    if "entropy" in stats:
-        extra["entropy"] = _row_sums(finite_exponents.mul_(e))
-    if "log_sum_sq_probs" in stats:
-        extra["log_sum_sq_probs"] = _row_sums(e.mul_(e))
-    return torch.stack([peak[:, 0], total, *(extra[name] for name in stats)])
+    _row_sums(e, out=total)
+    if "entropy" in sums:
+        _row_sums(products.mul_(e), out=sums["entropy"])
+    if "log_sum_sq_probs" in sums:
+        _row_sums(e.square_(), out=sums["log_sum_sq_probs"])
 
 
 def combine(
@@ -138,30 +135,32 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return values (S,), lengths (S,), logps (B, T), peak, total (B * T,), stats (E, B, T); see `kernels.combine`."""
     scale = _exponent_scale(temperature, logit_scale, softcap, weights.dtype)
+    flat_weights = weights.flatten()
     logps = torch.empty_like(weights)
+    weighted_logps = torch.empty_like(target, dtype=torch.float64)
     peak = torch.empty_like(target)
     total = torch.empty_like(target)
     token_stats = weights.new_empty((len(stats), *weights.shape))
     for first in range(0, target.numel(), COMBINE_TOKENS):
         here = slice(first, first + COMBINE_TOKENS)
-        scored = weights.flatten()[here] != 0
+        scored = flat_weights[here] != 0
         combined = _combine_tokens(partials[:, :, here], target[here], scale, vocab_size, stats)
-        token_logps, peak[here], total[here], *token_extra = combined
+        token_logps, peak[here], total[here], *extras = combined
         logps.view(-1)[here] = token_logps.where(scored, 0.0)
-        for out, extra in zip(token_stats.flatten(1), token_extra, strict=True):
+        weighted_logps[here] = (token_logps * flat_weights[here]).where(scored, 0.0)
+        for out, extra in zip(token_stats.flatten(1), extras, strict=True):
             out[here] = extra.where(scored, 0.0)
 
     if reduction == "none":
         return weights.new_empty(0), weights.new_empty(0), logps, peak, total, token_stats
-    batch, seq_len = weights.shape
     if cu_seqlens is None:
+        batch, seq_len = weights.shape
         cu_seqlens = torch.arange(batch + 1, device=weights.device) * seq_len
-    flat_weights = weights.flatten().double()
     lengths = _sequence_sums(flat_weights, cu_seqlens)
-    is_scored = flat_weights != 0
-    values = _sequence_sums((logps.flatten() * flat_weights).where(is_scored, 0.0), cu_seqlens)
+    values = _sequence_sums(weighted_logps, cu_seqlens)
     if reduction == "mean":
-        values /= lengths.where(_sequence_sums(is_scored.double(), cu_seqlens) > 0, 1.0)
+        has_scored = _sequence_sums(flat_weights != 0, cu_seqlens) > 0
+        values /= lengths.where(has_scored, 1.0)
     return values.to(weights.dtype), lengths.to(weights.dtype), logps, peak, total, token_stats
 
 
@@ -235,27 +234,31 @@ def grad(
     else:
         out_grid = _row_grid(out)
         everything = np.arange(grid.shape[0] * grid.shape[1])
-        for block in _blocks(np.setdiff1d(everything, rows), grid.shape[1], len(everything)):
-            for _, view in _views(out_grid, block.runs):
+        for runs in _blocks(np.setdiff1d(everything, rows), grid.shape[1], len(everything)):
+            for view in _views(out_grid, runs):
                 view.zero_()
 
     max_rows = _buffer_rows(logits, len(rows))
     buffer = _empty(max_rows, logits, dtype)
     spare = _empty(max_rows if softcap is not None else 0, logits, dtype)
-    for block in _blocks(rows, grid.shape[1], max_rows):
-        here = slice(block.lo, block.hi)
-        views = list(_views(out_grid, block.runs))
+    per_row = (y, target_grad, probability_scale, negative_peak)
+    per_block = zip(*(x.split(max_rows) for x in per_row), strict=True)
+    for runs, (y, target_grad, probability_scale, negative_peak) in zip(
+        _blocks(rows, grid.shape[1], max_rows), per_block, strict=False
+    ):
+        workspace = buffer if len(y) == max_rows else buffer[: len(y)]
+        u = _load(grid, runs, workspace if softcap is None else spare[: len(y)], logit_scale, softcap)
+        views = _views(out_grid, runs)
         # Rows that lie together and need no rounding are computed where they belong.
         direct = len(views) == 1 and out.dtype == dtype
-        d = views[0][1] if direct else buffer[: block.hi - block.lo]
-        u = _load(grid, block.runs, buffer if softcap is None else spare, logit_scale, softcap)
-        torch.add(negative_peak[here], u, alpha=scale, out=d)
-        torch.exp2(d, out=d).mul_(probability_scale[here]).scatter_(1, y[here], target_grad[here])
+        d = views[0] if direct else workspace
+        torch.add(negative_peak, u, alpha=scale, out=d)
+        torch.exp2(d, out=d).mul_(probability_scale).scatter_(1, y, target_grad)
         if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
             d.mul_(u.div_(softcap).square_().neg_().add_(1).mul_(logit_scale))
         if not direct:
-            for position, view in views:
-                view.copy_(d[position : position + len(view)])
+            for view, computed in zip(views, d.split([len(view) for view in views]), strict=True):
+                view.copy_(computed)
     return out
 
 
@@ -318,55 +321,65 @@ def _row_grid(x: Tensor) -> Tensor:
     return x
 
 
-def _blocks(rows: np.ndarray, rows_per_group: int, max_rows: int) -> Iterator[_Block]:
-    """Cut ascending row numbers into blocks of at most max_rows, and those into runs of neighbours."""
+def _blocks(rows: np.ndarray, rows_per_group: int, max_rows: int) -> Iterator[list[Run]]:
+    """Cut ascending row numbers into blocks of max_rows rows (the last may have fewer), each as runs of neighbours."""
     if len(rows) == 0:
         return
     is_break = (np.diff(rows) != 1) | (rows[1:] % rows_per_group == 0)
     breaks = [0, *(np.flatnonzero(is_break) + 1).tolist(), len(rows)]
-    lo, runs = 0, []
+    block: list[Run] = []
+    room = max_rows
     for start, stop in zip(breaks[:-1], breaks[1:], strict=True):
         while start < stop:
-            length = min(stop - start, lo + max_rows - start)
-            runs.append((int(rows[start]), length))
+            length = min(stop - start, room)
+            block.append((int(rows[start]), length))
             start += length
-            if start == lo + max_rows:
-                yield _Block(lo, start, runs)
-                lo, runs = start, []
-    if runs:
-        yield _Block(lo, len(rows), runs)
+            room -= length
+            if room == 0:
+                yield block
+                block, room = [], max_rows
+    if block:
+        yield block
 
 
-def _views(grid: Tensor, runs: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
-    """The runs as views (r, V) of a grid, each with its position in the block."""
-    position = 0
+def _views(grid: Tensor, runs: list[Run]) -> list[Tensor]:
+    """The runs as views (r, V) of a grid."""
+    views = []
     for row, length in runs:
         group, first = divmod(row, grid.shape[1])
-        yield position, grid[group, first : first + length]
-        position += length
+        views.append(grid[group, first : first + length])
+    return views
 
 
-def _load(
-    grid: Tensor, runs: list[tuple[int, int]], buffer: Tensor, logit_scale: float, softcap: float | None
-) -> Tensor:
-    """u of the block's rows, (R, V): in the buffer, or the logits themselves if they serve as they lie."""
-    views = list(_views(grid, runs))
-    if len(views) == 1 and grid.dtype == buffer.dtype and softcap is None:
-        return views[0][1]
-    for position, view in views:
-        buffer[position : position + len(view)].copy_(view)
-    u = buffer[: sum(length for _, length in runs)]
-    return u if softcap is None else u.mul_(logit_scale / softcap).tanh_().mul_(softcap)
+def _load(grid: Tensor, runs: list[Run], workspace: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """u of the runs' rows, (R, V): in the workspace, or the logits themselves if they serve as they lie."""
+    views = _views(grid, runs)
+    if len(views) == 1:
+        if grid.dtype == workspace.dtype and softcap is None:
+            return views[0]
+        workspace.copy_(views[0])
+    else:
+        for view, place in zip(views, workspace.split([len(view) for view in views]), strict=True):
+            place.copy_(view)
+    return _cap_(workspace, logit_scale, softcap)
 
 
-def _row_sums(x: Tensor) -> Tensor:
-    """Sum of each row of (R, V): a lone row would be split among threads, two equal ones are not."""
-    return x.sum(1) if len(x) > 1 else x.expand(2, -1).sum(1)[:1]
+def _cap_(x: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """Logits to u, in place: without a softcap logit_scale is part of the slope of z in u."""
+    return x if softcap is None else x.mul_(logit_scale / softcap).tanh_().mul_(softcap)
+
+
+def _row_sums(x: Tensor, out: Tensor) -> None:
+    """Sum each row of (R, V) into out, (R, 1): a lone row would be split among threads, two are not."""
+    if len(x) > 1:
+        torch.sum(x, 1, keepdim=True, out=out)
+    else:
+        out.copy_(x.expand(2, -1).sum(1)[0])
 
 
 def _sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums (S,) of (N,) float64 values, each added in order."""
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.to(torch.int64), initial=0)
+    """Sums (S,) of (N,) values in float64, each added in order."""
+    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.to(torch.int64), initial=0)
 
 
 def _buffer_rows(logits: Tensor, num_rows: int) -> int:
