@@ -12,8 +12,8 @@ from . import _ops
 class Logprob(torch.autograd.Function):
     """logits (B, T, V) -> result, lengths (S,), logps (B, T), stats (E, B, T).
 
-    The result is the values of the sequences, (S,), or with reduction "none" the logps themselves. Only the
-    result is differentiable.
+    The result is the values of the sequences, (S,), or with reduction "none" the logps themselves.
+    Only the result is differentiable.
     """
 
     @staticmethod
@@ -38,7 +38,15 @@ class Logprob(torch.autograd.Function):
             logits, labels, mask, cu_seqlens, shift, ignore_index, *scaling, stats, backend
         )
         values, lengths, logps, peak, total, token_stats = _ops.combine(
-            partials, target, weights, cu_seqlens, reduction, logits.shape[-1], *scaling, stats, backend
+            partials,
+            target,
+            weights,
+            cu_seqlens,
+            reduction,
+            logits.shape[-1],
+            *scaling,
+            stats,
+            backend,
         )
         result = logps.clone() if reduction == "none" else values
         ctx.save_for_backward(logits, labels, cu_seqlens, weights, lengths, logps, peak, total)

@@ -1,4 +1,4 @@
-"""The three stages as one value, and the one place that asks which implementation can run on a device."""
+"""The three stages as one value, and the one place that asks which of them can run on a device."""
 
 import functools
 import importlib.util
@@ -22,11 +22,12 @@ class Backend(NamedTuple):
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return the backend `name` for tensors on `device`; "auto" is Triton on a GPU and PyTorch elsewhere.
+    """Return the backend for tensors on `device`; "auto" is Triton on a GPU and PyTorch elsewhere.
 
     Raises:
-        ModuleNotFoundError: Triton is asked for, or needed for "auto" on a GPU, and is not installed.
-        RuntimeError: Triton is asked for and nothing here can run its kernels on tensors of `device`.
+        ModuleNotFoundError: Triton is asked for, or is what "auto" means here, and is not
+        installed.
+        RuntimeError: Triton is asked for and nothing can run its kernels on tensors of `device`.
         TypeError: Triton and float64.
     """
     if name == "auto":
@@ -35,41 +36,36 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
         return _torch_backend()
     if dtype == torch.float64:
         raise TypeError(
-            "logits are float64, and the Triton backend computes in float32; pass float32, bfloat16 or "
-            'float16 logits, or backend="torch"'
+            "logits are float64, and the Triton backend computes in float32; pass float32, "
+            'bfloat16 or float16 logits, or backend="torch"'
         )
     if importlib.util.find_spec("triton") is None:
         raise ModuleNotFoundError(
-            f'backend="triton" (the default on a {device.type} device) needs Triton, which is not installed; '
-            "install it with `pip install triton` (Linux; on Windows `pip install triton-windows`), "
+            f'backend="{name}" on a {device.type} device needs Triton, which is not installed; '
+            "install it with `pip install triton` (on Windows `pip install triton-windows`), "
             'or pass backend="torch"'
         )
     if not _triton_serves(device.type, os.environ.get("TRITON_INTERPRET", "0")):
         raise RuntimeError(
-            f'backend="triton" got tensors on {device}, and no active Triton driver serves that device; move '
-            "them to a GPU, set TRITON_INTERPRET=1 before the first import of triton to run the kernels in "
-            'Triton\'s interpreter, or pass backend="torch"'
+            f'backend="triton" got tensors on {device}, which no active Triton driver serves; move '
+            "them to a GPU, or set TRITON_INTERPRET=1 before the first import of triton to run in "
+            'its interpreter, or pass backend="torch"'
         )
     return _triton_backend()
 
 
 @functools.cache
 def _torch_backend() -> Backend:
-    from . import _torch_backend
+    from . import _torch_stages as stages
 
-    return Backend(
-        _torch_backend.partials,
-        _torch_backend.combine,
-        _torch_backend.grad,
-        _torch_backend.num_splits,
-    )
+    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits)
 
 
 @functools.cache
 def _triton_backend() -> Backend:
-    from . import kernels
+    from . import kernels as stages
 
-    return Backend(kernels.partials, kernels.combine, kernels.grad, kernels.num_splits)
+    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits)
 
 
 def _triton_serves(device_type: str, interpret: str) -> bool:

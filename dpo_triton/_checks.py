@@ -32,8 +32,8 @@ def check_logits(logits: Tensor, cu_seqlens: Tensor | None, inplace_backward: bo
         )
     if cu_seqlens is None and logits.ndim != 3:
         raise ValueError(
-            f"logits must be (B, T, V), got {tuple(logits.shape)}; for packed (N, V) logits pass cu_seqlens, "
-            "for one sequence logits[None] and labels[None]"
+            f"logits must be (B, T, V), got {tuple(logits.shape)}; for packed (N, V) logits pass "
+            "cu_seqlens, for one sequence logits[None] and labels[None]"
         )
     if cu_seqlens is not None and logits.ndim != 2:
         raise ValueError(
@@ -42,12 +42,13 @@ def check_logits(logits: Tensor, cu_seqlens: Tensor | None, inplace_backward: bo
         )
     if logits.shape[-1] == 0:
         raise ValueError(
-            f"logits must have a vocabulary of at least one token in their last dimension, got {tuple(logits.shape)}"
+            "logits must have at least one token in their last dimension, the vocabulary, got "
+            f"shape {tuple(logits.shape)}"
         )
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             "logits must be contiguous in their last dimension, the vocabulary, got strides "
-            f"{tuple(logits.stride())}; call logits.contiguous(), or transpose before the head and not after it"
+            f"{tuple(logits.stride())}; call logits.contiguous(), or transpose before the head"
         )
     if inplace_backward:
         rows = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
@@ -58,15 +59,17 @@ def check_logits(logits: Tensor, cu_seqlens: Tensor | None, inplace_backward: bo
             )
 
 
-def check_tokens(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def check_tokens(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     """Shape, dtype and device of what stands beside the logits."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels must have shape {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, "
-            f"got {tuple(labels.shape)}; labels[b, t] is scored by logits[b, t]: for next tokens pass both "
-            "whole with shift=True"
+            f"got {tuple(labels.shape)}; labels[b, t] is scored by logits[b, t]: for next tokens "
+            "pass both whole, with shift=True"
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}; call labels.long()")
@@ -76,13 +79,15 @@ def check_tokens(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens
             raise TypeError(f"mask must be a torch.Tensor or None, got {type(mask).__name__}")
         if mask.shape != labels.shape:
             raise ValueError(
-                f"mask must have the shape of labels, {tuple(labels.shape)}, got {tuple(mask.shape)}; "
-                "with shift=True the mask is taken at the label, so neither is sliced"
+                f"mask must have the shape of labels, {tuple(labels.shape)}, got "
+                f"{tuple(mask.shape)}; with shift=True it is taken at the label: slice neither"
             )
         if mask.dtype.is_complex:
             raise TypeError(f"mask must be bool, integer or floating, got {mask.dtype}")
         if mask.requires_grad:
-            raise ValueError("mask must not require a gradient, which is not computed; pass mask.detach()")
+            raise ValueError(
+                "mask must not require a gradient, which is not computed; pass mask.detach()"
+            )
         tensors["mask"] = mask
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -104,12 +109,16 @@ def check_tokens(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens
 
 def check_scaling(temperature: float, logit_scale: float, softcap: float | None) -> None:
     """Positive, finite numbers."""
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+    for name, value in (
+        ("temperature", temperature),
+        ("logit_scale", logit_scale),
+        ("softcap", softcap),
+    ):
         if value is None and name == "softcap":
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(
-                f"{name} must be a number, got {type(value).__name__}; a tensor would need .item(), "
+                f"{name} must be a number, got {type(value).__name__}; of a tensor pass .item(), "
                 "which waits for the device"
             )
         if not (math.isfinite(value) and value > 0):
@@ -118,15 +127,22 @@ def check_scaling(temperature: float, logit_scale: float, softcap: float | None)
 
 
 def check_choices(
-    reduction: str | None, stats: Sequence[str], allowed_stats: Sequence[str], ignore_index: int, backend: str
+    reduction: str | None,
+    stats: Sequence[str],
+    allowed_stats: Sequence[str],
+    ignore_index: int,
+    backend: str,
 ) -> None:
     """Names out of a list, and ignore_index."""
     if reduction is not None and reduction not in REDUCTIONS:
         raise ValueError(
-            f'reduction must be "mean" or "sum", got {reduction!r}; for one value a token use fused_token_logprob'
+            f'reduction must be "mean" or "sum", got {reduction!r}; '
+            "for one value a token use fused_token_logprob"
         )
     if isinstance(stats, str):
-        raise TypeError(f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)')
+        raise TypeError(
+            f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
+        )
     unknown = [name for name in stats if name not in allowed_stats]
     if unknown:
         raise ValueError(f"stats must be out of {', '.join(allowed_stats)}; got {unknown[0]!r}")

@@ -1,6 +1,8 @@
-"""The three stages as torch.library operators, `dpo_triton::partials`, `combine`, `grad` and `grad_`.
+"""The three stages as torch.library operators: `dpo_triton::partials`, `combine`, `grad` and
+`grad_`.
 
-An operator picks its backend when it runs; torch.compile sees it as one opaque call, described by its fake.
+An operator picks its backend when it runs. torch.compile sees an opaque call that its fake
+describes.
 """
 
 from collections.abc import Sequence
@@ -11,45 +13,30 @@ from torch import Tensor
 
 from ._backends import resolve_backend
 
-_OPTIONS = "float temperature, float logit_scale, float? softcap"
+_SCALING = "float temperature, float logit_scale, float? softcap"
+_PARTIALS = (
+    "(Tensor logits, Tensor labels, Tensor? mask, Tensor? cu_seqlens, bool shift, "
+    f"int ignore_index, {_SCALING}, str[] stats, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_COMBINE = (
+    "(Tensor partials, Tensor target, Tensor weights, Tensor? cu_seqlens, str reduction, "
+    f"int vocab_size, {_SCALING}, str[] stats, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _GRAD_INPUTS = (
     "Tensor labels, Tensor weights, Tensor logps, Tensor peak, Tensor total, bool shift, "
-    f"{_OPTIONS}, str backend"
+    f"{_SCALING}, str backend"
 )
+_GRAD = f"(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor"
+_GRAD_ = f"(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()"
 
 
-@torch.library.custom_op(
-    "dpo_triton::partials",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor labels, Tensor? mask, Tensor? cu_seqlens, bool shift, int ignore_index, "
-    f"{_OPTIONS}, str[] stats, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def partials(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    stats: Sequence[str],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("dpo_triton::partials", mutates_args=(), schema=_PARTIALS)
+def partials(logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Partials (C, K, B * T), the targets' logits (B * T,) and the tokens' weights (B, T)."""
-    return resolve_backend(backend, logits.device, logits.dtype).partials(
-        logits,
-        labels,
-        mask,
-        cu_seqlens,
-        shift,
-        ignore_index,
-        temperature,
-        logit_scale,
-        softcap,
-        stats,
-    )
+    *stage_inputs, backend = inputs
+    stages = resolve_backend(backend, logits.device, logits.dtype)
+    return stages.partials(logits, *stage_inputs)
 
 
 @partials.register_fake
@@ -67,8 +54,8 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, seq_len, vocab_size = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     num_splits = resolve_backend(backend, logits.device, logits.dtype).num_splits(vocab_size)
-    dtype = result_dtype(logits)
     return (
         logits.new_empty((2 + len(stats), num_splits, batch * seq_len), dtype=dtype),
         logits.new_empty(batch * seq_len, dtype=dtype),
@@ -76,39 +63,14 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "dpo_triton::combine",
-    mutates_args=(),
-    schema="(Tensor partials, Tensor target, Tensor weights, Tensor? cu_seqlens, str reduction, "
-    f"int vocab_size, {_OPTIONS}, str[] stats, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("dpo_triton::combine", mutates_args=(), schema=_COMBINE)
 def combine(
-    partials: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    reduction: str,
-    vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    stats: Sequence[str],
-    backend: str,
+    partials: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values (S,), lengths (S,), logps (B, T), peak (B * T,), total (B * T,) and stats (E, B, T)."""
-    return resolve_backend(backend, weights.device, weights.dtype).combine(
-        partials,
-        target,
-        weights,
-        cu_seqlens,
-        reduction,
-        vocab_size,
-        temperature,
-        logit_scale,
-        softcap,
-        stats,
-    )
+    """Values (S,), lengths (S,), logps (B, T), peak and total (B * T,), stats (E, B, T)."""
+    *stage_inputs, backend = inputs
+    stages = resolve_backend(backend, partials.device, partials.dtype)
+    return stages.combine(partials, *stage_inputs)
 
 
 @combine.register_fake
@@ -139,16 +101,12 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "dpo_triton::grad",
-    mutates_args=(),
-    schema=f"(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor",
-)
+@torch.library.custom_op("dpo_triton::grad", mutates_args=(), schema=_GRAD)
 def grad(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     """The gradient of logits, (B, T, V) contiguous; grad_logps is (B, T), possibly expanded."""
-    *inputs, backend = inputs
+    *stage_inputs, backend = inputs
     stages = resolve_backend(backend, logits.device, logits.dtype)
-    return stages.grad(grad_logps, logits, *inputs, out=None)
+    return stages.grad(grad_logps, logits, *stage_inputs, out=None)
 
 
 @grad.register_fake
@@ -156,16 +114,12 @@ def _(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "dpo_triton::grad_",
-    mutates_args=("logits",),
-    schema=f"(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()",
-)
+@torch.library.custom_op("dpo_triton::grad_", mutates_args=("logits",), schema=_GRAD_)
 def grad_(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
     """Write the gradient of logits over logits."""
-    *inputs, backend = inputs
+    *stage_inputs, backend = inputs
     stages = resolve_backend(backend, logits.device, logits.dtype)
-    stages.grad(grad_logps, logits, *inputs, out=logits)
+    stages.grad(grad_logps, logits, *stage_inputs, out=logits)
 
 
 @grad_.register_fake
@@ -173,15 +127,10 @@ def _(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
     return None
 
 
-def result_dtype(logits: Tensor) -> torch.dtype:
-    """float32 whatever the logits, but for float64 logits."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "double backward: the gradient that dpo_triton computes cannot be differentiated again; for second "
-        "derivatives use dpo_triton.reference, which is plain PyTorch"
+        "double backward: the gradient that dpo_triton computes cannot be differentiated again; "
+        "for second derivatives use dpo_triton.reference, which is plain PyTorch"
     )
 
 

@@ -1,9 +1,11 @@
-"""The specification: the same functions in plain PyTorch, without a fast path, differentiable by autograd.
+"""The specification: the same functions in plain PyTorch, without a fast path, differentiable by
+autograd.
 
 In float64 it is the truth that the tests compare with. The target is left out of the sum, so that a
 log-probability near 0 keeps its relative precision at any margin.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -45,10 +47,10 @@ def seq_logprob(
     weights = _weights(labels, mask, shift, cu_seqlens, ignore_index, token_logps.dtype)
     weighted = torch.where(weights != 0, weights * token_logps, 0.0)
     if cu_seqlens is None:
-        sequences = [(b,) for b in range(labels.shape[0])]
+        sequences = [slice(b, b + 1) for b in range(labels.shape[0])]
     else:
         bounds = cu_seqlens.tolist()
-        sequences = [(slice(lo, hi),) for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)]
+        sequences = [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
     values = token_logps.new_zeros(0)
     lengths = token_logps.new_zeros(len(sequences))
     if sequences:

@@ -13,7 +13,7 @@ Reduction = Literal["mean", "sum"]
 
 
 @overload
-def fused_seq_logprob(
+def fused_seq_logprob(  # type: ignore[overload-overlap]
     logits: Tensor,
     labels: Tensor,
     mask: Tensor | None = None,
@@ -64,43 +64,51 @@ def fused_seq_logprob(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label sequence, in nats: one pass over the logits, one back.
 
-    `sum_t w[b, t] * log p(labels[b, t])`, divided by `sum_t w[b, t]` for the mean, where p is the softmax of
-    `cap(logit_scale * logits) / temperature` with `cap(u) = softcap * tanh(u / softcap)`. A token is scored
-    where its weight is not 0 and its label is not `ignore_index`; what is not scored is never read.
+    `sum_t w[b, t] * log p(labels[b, t])`, divided by `sum_t w[b, t]` for the mean, where p is the
+    softmax of `cap(logit_scale * logits) / temperature`, `cap(u) = softcap * tanh(u / softcap)`.
+    A token is scored where its weight is not 0 and its label is not `ignore_index`; the logits of
+    one that is not scored are never read.
 
     Args:
-        logits: (B, T, V), or (N, V) with `cu_seqlens`; float32, bfloat16, float16, or float64 (torch backend).
-            Contiguous in V; any batch and time strides.
-        labels: (B, T) or (N,), int64 or int32. `labels[b, t]` is scored by `logits[b, t]`, unless `shift`.
-        mask: shape of labels; bool, integer or floating: the weight of each token, computed in float32.
+        logits: (B, T, V), or (N, V) with `cu_seqlens`; float32, bfloat16, float16, or float64
+            (torch backend). Contiguous in V; any batch and time strides.
+        labels: (B, T) or (N,), int64 or int32. `labels[b, t]` is scored by `logits[b, t]`, unless
+            `shift`.
+        mask: shape of labels; bool, integer or floating: the weight of each token, in float32.
             None scores every label other than `ignore_index`.
         reduction: "mean", the length-normalised form, or "sum".
-        shift: score `labels[:, 1:]` by `logits[:, :-1]`, with the mask taken at the label and nothing sliced or
-            copied; the gradient covers all of logits, zero at each sequence's last position.
-        cu_seqlens: (S + 1,) int32 or int64, running sum of the lengths of packed sequences, 0 first, N last.
+        shift: score `labels[:, 1:]` by `logits[:, :-1]`, the mask taken at the label, with nothing
+            sliced or copied. The gradient covers all of logits, zero at a sequence's last position.
+        cu_seqlens: (S + 1,) int32 or int64: running sum of the lengths of packed sequences, from 0
+            to N.
         ignore_index: the label of tokens that do not count.
         temperature: divides the logits; positive.
         logit_scale: multiplies them first (Cohere, Granite); positive.
         softcap: bound of the logits (Gemma), or None; positive.
-        stats: names out of "lengths" (the sum of weights, per sequence) and, per token and 0 where not scored,
-            "token_logps" (nats, unweighted), "entropy" (nats), "mean_logit" (over the vocabulary, after scaling),
-            "top1" (1 where the label is the argmax), "log_sum_sq_probs" (the log of sum_v p_v ** 2).
-        inplace_backward: the backward pass writes the gradient over logits, and saves its memory. A second
-            backward pass, or that of another function that saved logits, raises a RuntimeError.
-        backend: "triton", "torch", or "auto" (Triton on a GPU, PyTorch elsewhere); a named one runs or raises.
+        stats: names out of "lengths" (sums of weights, per sequence) and, per token and 0 where
+            not scored, "token_logps" (nats, not weighted), "entropy" (nats), "mean_logit" (over
+            the vocabulary, after scaling), "top1" (1 where the label is the argmax) and
+            "log_sum_sq_probs" (log of sum_v p_v ** 2).
+        inplace_backward: the backward pass writes the gradient over logits and so saves its
+            memory. A second backward pass, or that of another function that saved the logits,
+            then raises a RuntimeError.
+        backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch elsewhere. A named one runs
+            or raises.
 
     Returns:
-        (B,) or (S,) float32, float64 for float64 logits; 0, with a gradient of 0, for a sequence without a scored
-        token. With stats, a pair of that and a dict from name to detached tensor. Per-token tensors are aligned
-        with labels: with `shift`, position 0 of a sequence is never scored.
+        (B,) or (S,) float32, float64 for float64 logits; 0, with a gradient of 0, for a sequence
+        without a scored token. With stats, a pair of that and a dict from name to detached tensor.
+        Per-token tensors are aligned with labels: with `shift`, the first position of a sequence
+        is never scored.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
-        IndexError: a scored label outside of the vocabulary (torch backend; Triton, which does not wait for the
-            device, gives NaN for that sequence, and raises only with DPO_TRITON_DEBUG=1).
+        IndexError: a scored label outside of the vocabulary. Triton, which does not wait for the
+            device, gives NaN for that sequence, and raises only with DPO_TRITON_DEBUG=1.
         RuntimeError, ModuleNotFoundError: Triton is asked for and cannot run here.
 
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (the sum); MiniMind's and Tulu 3's DPO (the mean).
+    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (the sum); the mean is what MiniMind and
+        Tulu 3 (arXiv:2411.15124, length-normalised DPO) train with.
     """
     _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
     values, lengths, logps, token_stats = _logprob(
@@ -125,7 +133,7 @@ def fused_seq_logprob(
 
 
 @overload
-def fused_token_logprob(
+def fused_token_logprob(  # type: ignore[overload-overlap]
     logits: Tensor,
     labels: Tensor,
     mask: Tensor | None = None,
@@ -173,12 +181,13 @@ def fused_token_logprob(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label, in nats, 0 where it is not scored; differentiable.
 
-    Arguments and errors are those of `fused_seq_logprob`. A weight only says here whether a token is scored:
-    the result is not multiplied by it. `stats` are the per-token ones, "lengths" is not served.
+    Arguments and errors are those of `fused_seq_logprob`. A weight only says here whether a token
+    is scored: the result is not multiplied by it. "lengths" is not among the `stats`.
 
     Returns:
-        (B, T) or (N,) float32, float64 for float64 logits, aligned with labels: with `shift` the first position
-        of each sequence is 0. With stats, a pair of that and a dict from name to detached tensor.
+        (B, T) or (N,) float32, float64 for float64 logits, aligned with labels: with `shift` the
+        first position of each sequence is 0. With stats, a pair of that and a dict from name to
+        detached tensor.
     """
     _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
     if mask is not None and isinstance(mask, Tensor):
@@ -228,7 +237,7 @@ def _logprob(
         logits, labels = logits[None], labels[None]
         mask = None if mask is None else mask[None]
     stage_stats = [name for name in _checks.TOKEN_STATS if name in stats]
-    result, lengths, logps, token_stats = Logprob.apply(
+    result, lengths, logps, token_stats = Logprob.apply(  # type: ignore[no-untyped-call]
         logits,
         labels,
         mask,

@@ -1,4 +1,4 @@
-"""What two kernels share: device functions (softcap, softplus, 1 - exp), the split, the scale of exponents."""
+"""What two kernels share: the split, the scale of exponents, and device functions."""
 
 import contextlib
 import math
@@ -8,20 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of one split. A constant of the design and not a tuning knob: were it chosen by the batch, a row's
-# sums would end elsewhere in another batch, and its log-probability would have other bits.
+# Columns of one split. A constant of the design and not a tuning knob: were it chosen by the batch,
+# a row's sums would end elsewhere in another batch, and its log-probability would have other bits.
 SPLIT_V = 16384
 
 LN2 = tl.constexpr(0.6931471805599453)
-# The lowest exponent. Finite, so that a tile of -inf logits never makes inf - inf, and far enough from the
-# end of float32 that the difference of two exponents cannot overflow.
+# The lowest exponent. Finite, so that a tile of -inf logits never makes inf - inf, and far enough
+# from the end of float32 that the difference of two exponents cannot overflow.
 LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
 def tanh(x):
     # The odd polynomial keeps the relative error near 0, where 1 - 2 / (1 + exp(2 x)) cancels.
-    # Coefficients: least squares at Chebyshev nodes of x * x on [0, 0.36]; relative error below 8e-8 there.
+    # Coefficients: least squares at Chebyshev nodes of x * x on [0, 0.36]; relative error below
+    # 8e-8 there.
     y = x * x
     p = -0.0058939453 * y + 0.0207946177
     p = p * y - 0.0537832930
@@ -34,7 +35,8 @@ def tanh(x):
 
 @triton.jit
 def cap(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    # u, of which z = u * (slope): without a softcap logit_scale is part of the slope and u is the logit itself.
+    # u, with z = u * slope: without a softcap logit_scale is part of the slope, and u the logit
+    # itself.
     if HAS_SOFTCAP:
         return softcap * tanh(x * (logit_scale / softcap))
     else:
@@ -43,7 +45,7 @@ def cap(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    # log(1 + x) for 0 <= x <= 1 in float64: dividing by the rounded 1 + x - 1 undoes the rounding of 1 + x.
+    # log(1 + x) for 0 <= x <= 1 in float64: dividing by (1 + x) - 1 undoes the rounding of 1 + x.
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
@@ -55,7 +57,8 @@ def softplus(x):
 
 @triton.jit
 def one_minus_exp(x):
-    # -expm1(x) for x <= 0 in float64, by the same trick: exp(x) - 1 times x over the log of the rounded exp(x).
+    # -expm1(x) for x <= 0 in float64, by the same trick: (1 - y) times x / log(y), y the rounded
+    # exp(x).
     y = tl.exp(x)
     rounds_to_one = y == 1.0
     vanishes = y == 0.0

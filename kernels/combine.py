@@ -2,10 +2,10 @@
 
     r[n]    = log sum over j != y of exp(z[n, j])  -  z[n, y]       the log-odds against the target
     logp[n] = -softplus(r[n])
-    value   = sum of weight * logp over the sequence, / sum of weight for the mean; 0 where nothing is scored
+    value   = sum of weight * logp over the sequence, over the sum of weights for the mean
 
-Everything is per token here, so it is computed in float64: what is left of rounding is that of the float32
-sums of exponentials and one last rounding. Splits and tokens are added in a fixed order.
+Everything is per token here, so it is computed in float64: what rounding is left is that of the
+float32 sums of exponentials, and one at the end. Splits and tokens are added in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -156,9 +156,11 @@ def combine(
     softcap: float | None,
     stats: Sequence[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return float32 values (S,), lengths (S,), logps (B, T), peak (B * T,), total (B * T,), stats (E, B, T).
+    """Return float32 values (S,), lengths (S,), logps (B, T), peak and total (B * T,), stats (E, B,
+    T).
 
-    With reduction "none" values and lengths are empty.
+    With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
+    0.
     """
     batch, seq_len = weights.shape
     num_tokens = batch * seq_len
@@ -179,7 +181,9 @@ def combine(
                 partials,
                 target,
                 weights,
-                cu_seqlens if reduction == "none" or cu_seqlens is None else cu_seqlens.contiguous(),
+                cu_seqlens
+                if reduction == "none" or cu_seqlens is None
+                else cu_seqlens.contiguous(),
                 values,
                 lengths,
                 logps,
@@ -203,5 +207,5 @@ def combine(
     return values, lengths, logps, peak, total, token_stats
 
 
-# Tokens a program handles at a time: 4 a thread. A constant, like SPLIT_V: it fixes the order of the sums.
+# Tokens a program handles at a time. A constant, like SPLIT_V: it fixes the order of the sums.
 BLOCK_T = 512

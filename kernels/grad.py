@@ -1,8 +1,10 @@
 """Third stage: the gradient of the logits, one read and one write of each logit that is scored.
 
-    d logp / d z[n, y] = 1 - exp(logp)        d logp / d z[n, j] = -exp(z[n, j]) / sum of exp(z[n])    (j != y)
+    d logp / d z[n, y] = 1 - exp(logp)
+    d logp / d z[n, j] = -exp(z[n, j]) / sum of exp(z[n])    (j != y)
 
-times the token's coefficient and the slope of z in x. Rows that are not scored are not read: zeros are written.
+times the token's coefficient and the slope of z in x. A row that is not scored is not read: it gets
+zeros.
 """
 
 import torch
@@ -82,7 +84,9 @@ def _grad_kernel(
     if weight != 0.0:
         y = tl.load(labels_ptr + n).to(tl.int64)
         upstream_ptr = grad_logps_ptr + n // seq_len * stride_grad_logps_b
-        coefficient = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32) * weight
+        coefficient = (
+            tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32) * weight
+        )
         exponent_scale = tl.cast(exponent_scale, tl.float32)
         coefficient *= exponent_scale * LN2  # the slope of z in u
         peak = tl.load(peak_ptr + n)
@@ -123,7 +127,8 @@ def grad(
     softcap: float | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of logits, (B, T, V) in their dtype; `out` receives it and may be logits itself.
+    """Return the gradient of logits, (B, T, V) in their dtype, in `out` if given, which may be
+    logits.
 
     grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is.
     """
@@ -162,5 +167,5 @@ def grad(
 
 
 def launch_config() -> dict[str, int]:
-    """Tile width and warps: 16 logits a thread, so that loads stay 16 bytes wide and half the warps fit."""
+    """Tile width and warps: 16 logits a thread, loads and stores of 16 bytes, nothing spilled."""
     return dict(BLOCK_V=4096, num_warps=8)

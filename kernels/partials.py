@@ -1,12 +1,12 @@
 """First stage: one pass over the logits, from (B, T, V) to a few float32 numbers a token and split.
 
-    u[n, j] = softcap * tanh(logit_scale * x[n, j] / softcap)    or x[n, j] itself
-    z[n, j] = u[n, j] * slope                                    slope = 1 / temperature, or logit_scale / temperature
-    peak    = max over j != y of z / ln 2, float32               the reference point of this split's exponents
+    z[n, j] = slope * u[n, j]      with a softcap u = softcap * tanh(logit_scale * x / softcap) and
+                                   slope = 1 / temperature; else u = x, logit_scale in the slope
+    peak    = max over j != y of z[n, j] / ln 2
     total   = sum over j != y of 2 ** (z[n, j] / ln 2 - peak)
 
-The target y stays out of the sum (DESIGN: log-odds against everybody else), so that a token whose target
-leads by any margin keeps the exact sum of the others. A token that is not scored reads no logits.
+The target y stays out of the sum: z[n, y] - logsumexp(z[n]) is 0, with a gradient of 0, once the
+target leads by 17 nats in float32; the sum of the others keeps its precision at any margin.
 """
 
 from collections.abc import Sequence
@@ -67,9 +67,9 @@ def _fold(
     return new_peak, total, weighted, logit_sum, rivals, square_sum
 
 
-# One program per token n and split k: token n is scored by logits row n - SHIFT, and split k are the columns
-# [k * SPLIT_V, (k + 1) * SPLIT_V). Programs of one token are neighbours; the first of them stores its weight.
-# Sizes are not specialised: a batch of another shape compiles nothing.
+# One program per token n and split k: token n is scored by logits row n - SHIFT, and split k has
+# the columns from k * SPLIT_V on. Programs of one token are neighbours; the first of them stores
+# its weight. Sizes are not specialised: a batch of another shape compiles nothing.
 @triton.jit(
     do_not_specialize=[
         "num_tokens", "seq_len", "vocab_size", "num_splits", "num_sequences", "ignore_index",
@@ -194,16 +194,15 @@ def partials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return float32 partials (C, K, B * T), target (B * T,) and weights (B, T).
 
-    C is 2 (peak, total) and one more for each of `stats`; K the splits of SPLIT_V columns. What belongs to a
-    token that is not scored is left unwritten, but for its weight, which is 0.
+    C is 2 (peak, total) and one more for each of `stats`; K the splits of SPLIT_V columns. What
+    belongs to a token that is not scored is left unwritten, but for its weight, which is 0.
     """
     batch, seq_len, vocab_size = logits.shape
     num_tokens = batch * seq_len
     splits = num_splits(vocab_size)
-    options = dict(dtype=torch.float32, device=logits.device)
-    partials = torch.empty((2 + len(stats), splits, num_tokens), **options)
-    target = torch.empty(num_tokens, **options)
-    weights = torch.empty((batch, seq_len), **options)
+    weights = torch.empty((batch, seq_len), dtype=torch.float32, device=logits.device)
+    target = weights.new_empty(num_tokens)
+    partials = weights.new_empty((2 + len(stats), splits, num_tokens))
     if num_tokens == 0:
         return partials, target, weights
     with on_device(logits):
@@ -241,5 +240,5 @@ def partials(
 
 
 def launch_config() -> dict[str, int]:
-    """Tile width and warps: 32 logits a thread keep a row's loads 16 bytes wide and nothing spilled."""
+    """Tile width and warps: 32 logits a thread, loads of 16 bytes, nothing spilled."""
     return dict(BLOCK_V=4096, num_warps=4)

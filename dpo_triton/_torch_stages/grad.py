@@ -1,0 +1,94 @@
+"""Third stage: the gradient of the logits; see `kernels/grad.py` for the mathematics."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._rows import (
+    LN2,
+    blocks,
+    exponent_scale,
+    load,
+    row_grid,
+    row_numbers,
+    split_like,
+    views,
+    workspace,
+    workspace_rows,
+)
+
+
+def grad(
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    logps: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    shift: bool,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Return the gradient of logits, (B, T, V), in `out` if given, which may be logits itself.
+
+    grad_logps is (B, T); it is not read where a token is not scored.
+    """
+    dtype = weights.dtype
+    scored = weights.flatten().nonzero().squeeze(1)
+    rows = row_numbers(scored, shift)
+    scale = exponent_scale(temperature, logit_scale, softcap, dtype)
+
+    def of_rows(x: Tensor) -> Tensor:  # (B, T) or (B * T,) to (M, 1)
+        return x.reshape(-1).index_select(0, scored)[:, None]
+
+    coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * (scale * LN2)
+    target_grad = -coefficient * torch.expm1(of_rows(logps))
+    probability_scale = -coefficient / of_rows(total)
+
+    grid = row_grid(logits)
+    if out is None:
+        out = _zeros(logits)
+        out_grid = out.view(grid.shape)
+    else:
+        out_grid = row_grid(out)
+        others = np.setdiff1d(np.arange(weights.numel()), rows)
+        for runs in blocks(others, grid.shape[1], len(others)):
+            for view in views(out_grid, runs):
+                view.zero_()
+
+    max_rows = workspace_rows(logits, len(rows))
+    buffer = workspace(max_rows, logits, dtype)
+    spare = workspace(max_rows if softcap is not None else 0, logits, dtype)
+    per_row = (of_rows(labels).long(), target_grad, probability_scale, -of_rows(peak))
+    per_block = zip(*(torch.split(x, max_rows) for x in per_row), strict=True)
+    for runs, (y, target_grad, probability_scale, negative_peak) in zip(
+        blocks(rows, grid.shape[1], max_rows), per_block, strict=False
+    ):
+        here = buffer if len(y) == max_rows else buffer[: len(y)]
+        u = load(grid, runs, here if softcap is None else spare[: len(y)], logit_scale, softcap)
+        places = views(out_grid, runs)
+        # Rows that lie together and need no rounding are computed where they belong.
+        is_direct = len(places) == 1 and out.dtype == dtype
+        d = torch.add(negative_peak, u, alpha=scale, out=places[0] if is_direct else here)
+        torch.exp2(d, out=d).mul_(probability_scale).scatter_(1, y, target_grad)
+        if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
+            d.mul_(u.div_(softcap).square_().neg_().add_(1).mul_(logit_scale))
+        if not is_direct:
+            for place, computed in zip(places, split_like(d, places), strict=True):
+                place.copy_(computed)
+    return out
+
+
+def _zeros(logits: Tensor) -> Tensor:
+    """Contiguous zeros like logits, on a CPU straight from the operating system by NumPy's calloc.
+
+    Pages of rows that are not scored are then never touched, and large gradients ask for huge
+    pages.
+    """
+    if logits.device.type != "cpu":
+        return torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    words = {2: np.int16, 4: np.int32, 8: np.int64}[logits.element_size()]
+    return torch.from_numpy(np.zeros(logits.shape, words)).view(logits.dtype)
