@@ -53,16 +53,23 @@ class Logprob(torch.autograd.Function):
         ctx.reduction = reduction
         ctx.options = (shift, *scaling, backend)
         ctx.inplace_backward = inplace_backward
+        ctx.is_overwritten = False
         ctx.mark_non_differentiable(lengths, logps, token_stats)
         return result, lengths, logps, token_stats
 
     @staticmethod
     def backward(ctx: Any, grad_result: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.inplace_backward and ctx.is_overwritten:
+            raise RuntimeError(
+                "inplace_backward=True: an earlier backward pass wrote its gradient over the logits, "
+                "so there is nothing to differentiate again; pass inplace_backward=False"
+            )
         logits, labels, cu_seqlens, weights, lengths, logps, peak, total = ctx.saved_tensors
         grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, logps)
         inputs = (grad_logps, logits, labels, weights, logps, peak, total, *ctx.options)
         if ctx.inplace_backward:
             _ops.grad_(*inputs)
+            ctx.is_overwritten = True
             return (logits, *(None,) * 12)
         return (_ops.grad(*inputs), *(None,) * 12)
 

@@ -1,4 +1,4 @@
-"""Every complaint about inputs that can be made without reading a tensor's values."""
+"""Every complaint about inputs; those that read values, and so wait for a GPU, come last."""
 
 import math
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ def check_scaling(temperature: float, logit_scale: float, softcap: float | None)
                 f"{name} must be a number, got {type(value).__name__}; of a tensor pass .item(), "
                 "which waits for the device"
             )
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             cure = "; pass None for no cap" if name == "softcap" else ""
             raise ValueError(f"{name} must be positive and finite, got {value}{cure}")
 
@@ -150,3 +150,27 @@ def check_choices(
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if backend not in get_args(BackendName):
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}')
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Whether packed sequences cover the tokens, in order."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens or sorted(bounds) != bounds:
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", bounds[-1]]
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {shown}; "
+            "it is the running sum of the sequences' lengths with a 0 in front"
+        )
+
+
+def check_scored_labels(labels: Tensor, weights: Tensor, vocab_size: int, is_packed: bool) -> None:
+    """Whether the labels (B, T) of non-zero weight lie in the vocabulary."""
+    outside = ((weights != 0) & ((labels < 0) | (labels >= vocab_size))).nonzero()
+    if len(outside) > 0:
+        b, t = outside[0].tolist()
+        position = f"{t}" if is_packed else f"{b}, {t}"
+        raise IndexError(
+            f"labels[{position}] is {int(labels[b, t])}, outside of the vocabulary "
+            f"[0, {vocab_size}), and so are {len(outside)} scored labels in all; "
+            "mask them, or set them to ignore_index"
+        )

@@ -5,6 +5,7 @@ An operator picks its backend when it runs. torch.compile sees an opaque call th
 describes.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._backends import resolve_backend
+from ._checks import check_cu_seqlens_values, check_scored_labels
 
 _SCALING = "float temperature, float logit_scale, float? softcap"
 _PARTIALS = (
@@ -36,7 +38,13 @@ def partials(logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Partials (C, K, B * T), the targets' logits (B * T,) and the tokens' weights (B, T)."""
     *stage_inputs, backend = inputs
     stages = resolve_backend(backend, logits.device, logits.dtype)
-    return stages.partials(logits, *stage_inputs)
+    partials, target, weights = stages.partials(logits, *stage_inputs)
+    if os.environ.get("DPO_TRITON_DEBUG") == "1":  # what the torch backend checks at all times
+        labels, _, cu_seqlens = inputs[:3]
+        if cu_seqlens is not None:
+            check_cu_seqlens_values(cu_seqlens, labels.numel())
+        check_scored_labels(labels, weights, logits.shape[-1], cu_seqlens is not None)
+    return partials, target, weights
 
 
 @partials.register_fake

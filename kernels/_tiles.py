@@ -13,9 +13,10 @@ from torch import Tensor
 SPLIT_V = 16384
 
 LN2 = tl.constexpr(0.6931471805599453)
-# The lowest exponent. Finite, so that a tile of -inf logits never makes inf - inf, and far enough
-# from the end of float32 that the difference of two exponents cannot overflow.
-LOWEST = tl.constexpr(-1.0e30)
+# The lowest peak. Finite, so that a tile of -inf logits never makes inf - inf, and far enough from
+# the end of float32 that the difference of two exponents cannot overflow; a power of 2, so that its
+# product with the scale of exponents is exact.
+LOWEST = tl.constexpr(-(2.0**100))
 
 
 @triton.jit
@@ -41,6 +42,12 @@ def cap(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         return softcap * tanh(x * (logit_scale / softcap))
     else:
         return x
+
+
+@triton.jit
+def exponent_error(peak, exponent_scale):
+    # Tiles subtract the rounded product of peak and scale: by how much it exceeds the exact one.
+    return -tl.fma(peak, exponent_scale, -(peak * exponent_scale))
 
 
 @triton.jit

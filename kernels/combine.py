@@ -28,8 +28,8 @@ def _combine_kernel(
     values_ptr,  # (S,) float32, out
     lengths_ptr,  # (S,) float32, out: sum of weights
     logps_ptr,  # (N,) float32, out
-    peak_ptr,  # (N,) float32, out: reference point of the row's exponents, its target included
-    total_ptr,  # (N,) float32, out: sum over all j of 2 ** (z / ln 2 - peak)
+    peak_ptr,  # (N,) float32, out: largest u of the row, its target included
+    total_ptr,  # (N,) float32, out: sum over all j of 2 ** (scale * (u - peak))
     stats_ptr,  # (E, N) float32, out
     num_tokens,
     seq_len,
@@ -62,8 +62,7 @@ def _combine_kernel(
         inside = n < bound
         weight = tl.load(weights_ptr + n, mask=inside, other=0.0)
         scored = weight != 0.0
-        u_y = tl.load(target_ptr + n, mask=scored, other=0.0).to(tl.float64)
-        target = u_y * scale  # in bits, exact: 24 x 24 bits
+        target = tl.load(target_ptr + n, mask=scored, other=0.0)
 
         # Everybody but the target, relative to the largest split.
         peak = tl.full([BLOCK_T], LOWEST, tl.float32)
@@ -77,7 +76,8 @@ def _combine_kernel(
         square_sum = tl.zeros([BLOCK_T], tl.float64)
         for k in range(num_splits):
             split_ptr = partials_ptr + k * num_tokens + n
-            offset = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64) - peak
+            split_peak = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
+            offset = (split_peak - peak) * scale
             shrink = tl.exp2(offset)
             split_ptr += channel
             total = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
@@ -97,7 +97,8 @@ def _combine_kernel(
                 squares = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
                 square_sum += squares * shrink * shrink
 
-        log_odds = (peak - target + tl.log2(others)) * LN2
+        gap = peak.to(tl.float64) - target
+        log_odds = (gap * scale + tl.log2(others)) * LN2
         # A target of +inf or NaN would look certain: inf < inf and nan < inf are both false.
         log_odds = tl.where(target < float("inf"), log_odds, float("nan"))
         logp = tl.where(scored, -softplus(log_odds), 0.0)
@@ -107,10 +108,10 @@ def _combine_kernel(
         num_scored += scored.to(tl.int32)
 
         # The whole row, its target included, is what the gradient divides by.
-        row_peak = tl.maximum(peak, target.to(tl.float32))
-        offset = peak.to(tl.float64) - row_peak
+        row_peak = tl.maximum(peak, target)
+        offset = (peak.to(tl.float64) - row_peak) * scale
         shrink = tl.exp2(offset)
-        target_offset = target - row_peak
+        target_offset = (target.to(tl.float64) - row_peak) * scale
         e_y = tl.exp2(target_offset)
         total = others * shrink + e_y
         tl.store(peak_ptr + n, row_peak, mask=scored)

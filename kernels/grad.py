@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import LN2, cap, exponent_scale, on_device, one_minus_exp
+from ._tiles import LN2, cap, exponent_error, exponent_scale, on_device, one_minus_exp
 
 
 @triton.jit
@@ -31,7 +31,8 @@ def _logits_grad(
     BLOCK_V: tl.constexpr,
 ):
     u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
-    d = tl.exp2(tl.fma(u, exponent_scale, -peak)) * probability_scale
+    exponent = tl.fma(u, exponent_scale, -(peak * exponent_scale))
+    d = tl.exp2(exponent) * probability_scale
     if (y >= start) & (y < start + BLOCK_V):
         others = one_minus_exp(tl.load(logp_ptr).to(tl.float64)).to(tl.float32)
         d = tl.where(start + tl.arange(0, BLOCK_V) == y, coefficient * others, d)
@@ -90,7 +91,8 @@ def _grad_kernel(
         exponent_scale = tl.cast(exponent_scale, tl.float32)
         coefficient *= exponent_scale * LN2  # the slope of z in u
         peak = tl.load(peak_ptr + n)
-        probability_scale = -coefficient / tl.load(total_ptr + n)
+        correction = tl.exp2(exponent_error(peak, exponent_scale))
+        probability_scale = -coefficient * correction / tl.load(total_ptr + n)
         if is_full:
             x = tl.load(row_ptr + v).to(tl.float32)
             d = _logits_grad(

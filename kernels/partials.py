@@ -2,8 +2,8 @@
 
     z[n, j] = slope * u[n, j]      with a softcap u = softcap * tanh(logit_scale * x / softcap) and
                                    slope = 1 / temperature; else u = x, logit_scale in the slope
-    peak    = max over j != y of z[n, j] / ln 2
-    total   = sum over j != y of 2 ** (z[n, j] / ln 2 - peak)
+    peak    = max over j != y of u[n, j]
+    total   = sum over j != y of exp(slope * (u[n, j] - peak))
 
 The target y stays out of the sum: z[n, y] - logsumexp(z[n]) is 0, with a gradient of 0, once the
 target leads by 17 nats in float32; the sum of the others keeps its precision at any margin.
@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import LOWEST, SPLIT_V, cap, exponent_scale, on_device, starts_a_sequence
+from ._tiles import (
+    LOWEST,
+    SPLIT_V,
+    cap,
+    exponent_error,
+    exponent_scale,
+    on_device,
+    starts_a_sequence,
+)
 
 
 @triton.jit
@@ -54,13 +62,15 @@ def _fold(
         rivals = tl.maximum(rivals, tl.max(((u > u_y) | ((u == u_y) & (v < y))).to(tl.float32)))
     if (y >= start) & (y < start + BLOCK_V):
         u = tl.where(v == y, -float("inf"), u)
-    new_peak = tl.maximum(peak, tl.max(u) * exponent_scale)
-    shrink = tl.exp2(peak - new_peak)
-    exponent = tl.fma(u, exponent_scale, -new_peak)  # rounded once: exact near 0, where it matters
+    new_peak = tl.maximum(peak, tl.max(u))
+    drop = peak * exponent_scale - new_peak * exponent_scale
+    shrink = tl.exp2(drop)
+    # Rounded once, so exact near the peak, where it matters.
+    exponent = tl.fma(u, exponent_scale, -(new_peak * exponent_scale))
     e = tl.exp2(exponent)
     if ENTROPY:  # a banned token's exponent is -inf, and its share 0
         products = tl.where(e > 0.0, e * exponent, 0.0)
-        weighted = (weighted + (peak - new_peak) * total) * shrink + tl.sum(products)
+        weighted = (weighted + drop * total) * shrink + tl.sum(products)
     if LOG_SUM_SQ_PROBS:
         square_sum = square_sum * shrink * shrink + tl.sum(e * e)
     total = total * shrink + tl.sum(e)
@@ -157,13 +167,15 @@ def _partials_kernel(
                 HAS_SOFTCAP, ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS, BLOCK_V,
             )  # fmt: skip
 
+        error = exponent_error(peak, exponent_scale)
+        correction = tl.exp2(error)
         out_ptr = partials_ptr + split * num_tokens + n
         channel = (tl.num_programs(0)).to(tl.int64)  # K * B * T: from one channel to the next
         tl.store(out_ptr, peak)
-        tl.store(out_ptr + channel, total)
+        tl.store(out_ptr + channel, total * correction)
         out_ptr += 2 * channel
         if ENTROPY:
-            tl.store(out_ptr, weighted)
+            tl.store(out_ptr, (weighted + error * total) * correction)
             out_ptr += channel
         if MEAN_LOGIT:
             tl.store(out_ptr, logit_sum)
@@ -172,7 +184,7 @@ def _partials_kernel(
             tl.store(out_ptr, rivals)
             out_ptr += channel
         if LOG_SUM_SQ_PROBS:
-            tl.store(out_ptr, square_sum)
+            tl.store(out_ptr, square_sum * correction * correction)
 
 
 def num_splits(vocab_size: int) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 # Elements of the buffer, 6.5 MiB of float32: enough to hide the cost of starting an operation.
 BUFFER_NUMEL = 13 << 17
 LN2 = math.log(2.0)
+# Elements of which PyTorch gives a thread at least so many (at::internal::GRAIN_SIZE).
+GRAIN = 32768
 
 Run = tuple[int, int]  # first row, number of rows
 
@@ -44,7 +46,7 @@ def row_numbers(scored: Tensor, shift: bool) -> np.ndarray:
 
 
 def blocks(rows: np.ndarray, rows_per_group: int, max_rows: int) -> Iterator[list[Run]]:
-    """Cut ascending rows into blocks of max_rows (the last may be smaller), as runs of neighbours."""
+    """Cut ascending rows into blocks of max_rows (the last may be less), as runs of neighbours."""
     if len(rows) == 0:
         return
     is_break = (np.diff(rows) != 1) | (rows[1:] % rows_per_group == 0)
@@ -76,7 +78,7 @@ def views(grid: Tensor, runs: list[Run]) -> list[Tensor]:
 def load(
     grid: Tensor, runs: list[Run], workspace: Tensor, logit_scale: float, softcap: float | None
 ) -> Tensor:
-    """u of the rows, (R, V): in the workspace, or the logits themselves if they serve as they lie."""
+    """u of the rows, (R, V): in the workspace, or the logits as they lie if they serve."""
     sources = views(grid, runs)
     if len(sources) == 1:
         if grid.dtype == workspace.dtype and softcap is None:
@@ -93,11 +95,30 @@ def split_like(x: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.split_with_sizes(x, [len(part) for part in parts])
 
 
-def workspace_rows(logits: Tensor, num_rows: int) -> int:
-    """Rows of a block: what fits the buffer, and no more than there are."""
-    return max(1, min(num_rows, BUFFER_NUMEL // logits.shape[-1]))
+class Workspace:
+    """Room for the exponents of a block of rows, in which a row's bits do not depend on the others.
+
+    torch.exp2 computes 2 vectors at a time, and what remains at the end of each thread's share by
+    another routine, which rounds differently. So it is run over a length that leaves no remainder.
+    """
+
+    def __init__(self, logits: Tensor, num_rows: int, dtype: torch.dtype) -> None:
+        self.vocab_size = logits.shape[-1]
+        self.max_rows = max(1, min(num_rows, BUFFER_NUMEL // self.vocab_size))
+        numel = _without_remainder(self.max_rows * self.vocab_size)
+        self.flat = torch.empty(numel, dtype=dtype, device=logits.device)
+
+    def rows(self, num_rows: int) -> Tensor:
+        """View (num_rows, V)."""
+        return self.flat[: num_rows * self.vocab_size].view(num_rows, self.vocab_size)
+
+    def exp2_(self, num_rows: int) -> None:
+        """2 ** x in place, of the first rows and of some elements behind them."""
+        torch.exp2(x := self.flat[: _without_remainder(num_rows * self.vocab_size)], out=x)
 
 
-def workspace(num_rows: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised (num_rows, V)."""
-    return torch.empty((num_rows, logits.shape[-1]), dtype=dtype, device=logits.device)
+def _without_remainder(numel: int) -> int:
+    """The next length that threads share in multiples of 32, two of the longest vectors."""
+    num_threads = torch.get_num_threads()
+    step = GRAIN if numel <= num_threads * GRAIN else 32 * num_threads
+    return -(-numel // step) * step

@@ -64,21 +64,21 @@ def _combine_tokens(
 ) -> list[Tensor]:
     """logp, peak, total and stats of tokens, (N,) float64 each; anything where not scored."""
     peaks, totals, *sums = partials.double()  # (K, N) each
-    target = target.double() * scale  # in bits
+    target = target.double()
     peak = peaks.amax(0)
-    offsets = peaks - peak
+    offsets = (peaks - peak) * scale
     shrink = offsets.exp2()
     others = (totals * shrink).sum(0)
-    log_odds = (peak - target + others.log2()) * LN2
+    log_odds = ((peak - target) * scale + others.log2()) * LN2
     # A target of +inf or NaN would look certain: inf < inf and nan < inf are both false.
     log_odds = log_odds.where(target < math.inf, math.nan)
     logp = -(log_odds.clamp(min=0) + log_odds.abs().neg().exp().log1p())  # -softplus
 
-    # The whole row, its target included, is what the gradient divides by; the peak as it is stored.
-    row_peak = torch.maximum(peak, target).to(partials.dtype).double()
-    offset = peak - row_peak
+    # The whole row, its target included, is what the gradient divides by.
+    row_peak = torch.maximum(peak, target)
+    offset = (peak - row_peak) * scale
     row_shrink = offset.exp2()
-    target_offset = target - row_peak
+    target_offset = (target - row_peak) * scale
     e_y = target_offset.exp2()
     total = others * row_shrink + e_y
     combined = [logp, row_peak, total]

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ._rows import (
     LN2,
+    Workspace,
     blocks,
     exponent_scale,
     load,
@@ -13,8 +14,6 @@ from ._rows import (
     row_numbers,
     split_like,
     views,
-    workspace,
-    workspace_rows,
 )
 
 
@@ -59,26 +58,23 @@ def grad(
             for view in views(out_grid, runs):
                 view.zero_()
 
-    max_rows = workspace_rows(logits, len(rows))
-    buffer = workspace(max_rows, logits, dtype)
-    spare = workspace(max_rows if softcap is not None else 0, logits, dtype)
-    per_row = (of_rows(labels).long(), target_grad, probability_scale, -of_rows(peak))
-    per_block = zip(*(torch.split(x, max_rows) for x in per_row), strict=True)
-    for runs, (y, target_grad, probability_scale, negative_peak) in zip(
-        blocks(rows, grid.shape[1], max_rows), per_block, strict=False
+    workspace = Workspace(logits, len(rows), dtype)
+    spare = workspace if softcap is None else Workspace(logits, len(rows), dtype)
+    per_row = (of_rows(labels).long(), of_rows(peak), target_grad, probability_scale)
+    per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
+    for runs, (y_here, peak_here, target_here, scale_here) in zip(
+        blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
     ):
-        here = buffer if len(y) == max_rows else buffer[: len(y)]
-        u = load(grid, runs, here if softcap is None else spare[: len(y)], logit_scale, softcap)
-        places = views(out_grid, runs)
-        # Rows that lie together and need no rounding are computed where they belong.
-        is_direct = len(places) == 1 and out.dtype == dtype
-        d = torch.add(negative_peak, u, alpha=scale, out=places[0] if is_direct else here)
-        torch.exp2(d, out=d).mul_(probability_scale).scatter_(1, y, target_grad)
+        num_rows = len(y_here)
+        u = load(grid, runs, spare.rows(num_rows), logit_scale, softcap)
+        d = torch.sub(u, peak_here, out=workspace.rows(num_rows)).mul_(scale)
+        workspace.exp2_(num_rows)
+        d.mul_(scale_here).scatter_(1, y_here, target_here)
         if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
             d.mul_(u.div_(softcap).square_().neg_().add_(1).mul_(logit_scale))
-        if not is_direct:
-            for place, computed in zip(places, split_like(d, places), strict=True):
-                place.copy_(computed)
+        places = views(out_grid, runs)
+        for place, computed in zip(places, split_like(d, places), strict=True):
+            place.copy_(computed)
     return out
 
 

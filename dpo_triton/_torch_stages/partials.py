@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import check_cu_seqlens_values, check_scored_labels
 from ._rows import (
+    Workspace,
     blocks,
     cap_,
     exponent_scale,
@@ -14,8 +16,6 @@ from ._rows import (
     row_grid,
     row_numbers,
     views,
-    workspace,
-    workspace_rows,
 )
 
 # Exponents are relative to the largest logit of a row's first columns: finding the true maximum
@@ -23,8 +23,8 @@ from ._rows import (
 # guess was poor, and that row is walked again from the true maximum of everybody but the target.
 PEAK_COLUMNS = 2048
 TRUSTED = 2.0**24
-# The lowest exponent: finite, so that a row of -inf never makes inf - inf.
-LOWEST = -1.0e30
+# The lowest peak: finite, so that a row of -inf never makes inf - inf.
+LOWEST = -(2.0**100)
 
 
 def num_splits(vocab_size: int) -> int:
@@ -53,11 +53,13 @@ def partials(
         IndexError: a scored label outside of the vocabulary.
         ValueError: cu_seqlens that do not run from 0 to the number of tokens.
     """
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, labels.numel())
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weights = _token_weights(labels, mask, cu_seqlens, shift, ignore_index, dtype)
+    check_scored_labels(labels, weights, logits.shape[-1], cu_seqlens is not None)
     scored = weights.flatten().nonzero().squeeze(1)
     y = labels.flatten().index_select(0, scored).long()[:, None]
-    _check_labels(y, scored, logits.shape[-1], labels.shape[1], cu_seqlens is not None)
 
     scale = exponent_scale(temperature, logit_scale, softcap, dtype)
     grid = row_grid(logits)
@@ -66,31 +68,27 @@ def partials(
     x_y = grid[row // grid.shape[1], row % grid.shape[1], y[:, 0]]
     target = cap_(x_y.to(dtype), logit_scale, softcap)
 
-    max_rows = workspace_rows(logits, len(rows))
-    buffer = workspace(max_rows, logits, dtype)
-    spare = workspace(max_rows if "entropy" in stats else 0, logits, dtype)
+    workspace = Workspace(logits, len(rows), dtype)
+    max_rows = workspace.max_rows
+    spare = Workspace(logits, max_rows, dtype) if "entropy" in stats else None
     channels = torch.empty((2 + len(stats), len(rows), 1), dtype=dtype, device=logits.device)
-    peak, total, *sums = channels
+    peak, total = channels[:2]
     for runs in blocks(rows, grid.shape[1], len(rows)):
         guesses = [view[:, :PEAK_COLUMNS].amax(1, keepdim=True) for view in views(grid, runs)]
-        torch.mul(cap_(torch.cat(guesses).to(dtype), logit_scale, softcap), scale, out=peak)
+        peak.copy_(cap_(torch.cat(guesses).to(dtype), logit_scale, softcap))
     # Views for each block are made here, all at once: in the loop they would cost a tenth of it.
     # Without a scored token there is no block, but split gives one empty view: hence no strict zip.
-    per_block = zip(*(torch.split(x, max_rows) for x in (y, -peak, total, *sums)), strict=True)
-    for runs, (y_here, negative_peak, *out) in zip(
-        blocks(rows, grid.shape[1], max_rows), per_block, strict=False
-    ):
-        here = buffer if len(y_here) == max_rows else buffer[: len(y_here)]
-        u = load(grid, runs, here, logit_scale, softcap)
-        _fold(u, here, y_here, scale, negative_peak, out, spare, stats)
+    per_block = zip(*(torch.split(x, max_rows) for x in (y, *channels)), strict=True)
+    for runs, (y_here, *out) in zip(blocks(rows, grid.shape[1], max_rows), per_block, strict=False):
+        u = load(grid, runs, workspace.rows(len(y_here)), logit_scale, softcap)
+        _fold(u, workspace, y_here, scale, out, spare, stats)
     is_poor = ~((total >= 1 / TRUSTED) & (total <= TRUSTED)).squeeze(1)
     for n in is_poor.nonzero().flatten().tolist():
         one = slice(n, n + 1)
-        u = load(grid, [(int(rows[n]), 1)], buffer[:1], logit_scale, softcap)
+        u = load(grid, [(int(rows[n]), 1)], workspace.rows(1), logit_scale, softcap)
         others_peak = u.scatter(1, y[one], -math.inf).amax(1, keepdim=True)
-        torch.mul(others_peak, scale, out=peak[one]).clamp_(min=LOWEST)
-        out = [x[one] for x in (total, *sums)]
-        _fold(u, buffer[:1], y[one], scale, -peak[one], out, spare, stats)
+        peak[one] = others_peak.clamp_(min=LOWEST)
+        _fold(u, workspace, y[one], scale, [x[one] for x in channels], spare, stats)
 
     num_tokens = labels.numel()
     partials = channels.new_empty((2 + len(stats), 1, num_tokens))
@@ -100,29 +98,29 @@ def partials(
 
 
 def _fold(
-    u: Tensor,  # (R, V); may be the workspace
-    workspace: Tensor,  # (R, V), overwritten
+    u: Tensor,  # (R, V); may lie in the workspace
+    workspace: Workspace,  # overwritten
     y: Tensor,  # (R, 1)
     scale: float,
-    negative_peak: Tensor,  # (R, 1)
-    out: Sequence[Tensor],  # (R, 1) each: the total, and what each stat asks for
-    spare: Tensor,  # (at least R, V) for the entropy, overwritten
+    channels: Sequence[
+        Tensor
+    ],  # (R, 1) each: the peak; out: the total, and what each stat asks for
+    spare: Workspace | None,  # for the entropy, overwritten
     stats: Sequence[str],
 ) -> None:
-    """Sum 2 ** (scale * u - peak) over j != y of each row, and what the stats ask for."""
-    total, *rest = out
+    """Sum 2 ** (scale * (u - peak)) over j != y of each row, and what the stats ask for."""
+    peak, total, *rest = channels
     sums = dict(zip(stats, rest, strict=True))
     if "mean_logit" in sums:
         _row_sums(u, out=sums["mean_logit"])
     if "top1" in sums:  # 0 where the label is the first maximum
         torch.ne(u.argmax(1, keepdim=True), y, out=sums["top1"])
-    exponents = torch.add(negative_peak, u, alpha=scale, out=workspace)  # one fused multiply-add
-    exponents.scatter_(1, y, -math.inf)
-    if "entropy" in sums:
-        products = torch.clamp(exponents, min=-1.0e4, out=spare[: len(u)])  # 0 * -inf is NaN
-    e = torch.exp2(exponents, out=exponents)
+    e = torch.sub(u, peak, out=workspace.rows(len(u))).mul_(scale).scatter_(1, y, -math.inf)
+    if spare is not None:
+        products = torch.clamp(e, min=-1.0e4, out=spare.rows(len(u)))  # 0 * -inf is NaN
+    workspace.exp2_(len(u))
     _row_sums(e, out=total)
-    if "entropy" in sums:
+    if spare is not None:
         _row_sums(products.mul_(e), out=sums["entropy"])
     if "log_sum_sq_probs" in sums:
         _row_sums(e.square_(), out=sums["log_sum_sq_probs"])
@@ -147,35 +145,8 @@ def _token_weights(
     """The weight of each token, (B, T) of dtype, 0 where it is not scored."""
     weights = torch.ones_like(labels, dtype=dtype) if mask is None else mask.to(dtype, copy=True)
     weights = weights.contiguous().masked_fill_(labels == ignore_index, 0.0)
-    if cu_seqlens is not None:
-        firsts = _sequence_starts(cu_seqlens.tolist(), labels.numel())
-        if shift:
-            weights[0, firsts] = 0.0
+    if shift and cu_seqlens is not None:  # nothing predicts the first token of a sequence
+        weights[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0.0
     elif shift:
         weights[:, :1] = 0.0
     return weights
-
-
-def _sequence_starts(bounds: list[int], num_tokens: int) -> list[int]:
-    """First tokens of the packed sequences that have any."""
-    if bounds[0] != 0 or bounds[-1] != num_tokens or sorted(bounds) != bounds:
-        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", bounds[-1]]
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {shown}; "
-            "it is the running sum of the sequences' lengths with a 0 in front"
-        )
-    return [first for first in bounds[:-1] if first < num_tokens]
-
-
-def _check_labels(
-    y: Tensor, scored: Tensor, vocab_size: int, seq_len: int, is_packed: bool
-) -> None:
-    outside = ((y < 0) | (y >= vocab_size)).squeeze(1).nonzero()
-    if len(outside) > 0:
-        n = int(scored[outside[0, 0]])
-        position = str(n) if is_packed else f"{n // seq_len}, {n % seq_len}"
-        raise IndexError(
-            f"labels[{position}] is {int(y[outside[0, 0], 0])}, outside of the vocabulary "
-            f"[0, {vocab_size}), and so are {len(outside)} scored labels in all; "
-            "mask them, or set them to ignore_index"
-        )

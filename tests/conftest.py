@@ -1,0 +1,68 @@
+"""Backends and devices of the suite. Without a GPU the kernels run in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when @triton.jit runs: before dpo_triton.kernels
+
+try:
+    import triton  # noqa: F401
+except ModuleNotFoundError:
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+    ),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request: pytest.FixtureRequest) -> None:
+    """Inputs are drawn anew in every run; --seed repeats one."""
+    torch.manual_seed(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch.empty returns holds NaN: what a stage does not write cannot look right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    seed = int.from_bytes(os.urandom(4), "little")
+    parser.addoption("--seed", type=int, default=seed, help="seed of the inputs")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+    return f"inputs: --seed={config.getoption('--seed')}; kernels: {where}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
