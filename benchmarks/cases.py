@@ -61,7 +61,7 @@ def make_batches(
     effort: Effort,
     generator: torch.Generator,
 ) -> Iterator[Batch]:
-    """Yield one batch per share of scored rows; logits are the same, normal with a deviation of 3."""
+    """Yield a batch for each share of scored rows; the logits stay, normal with a deviation of 3."""
     device = generator.device
     seq_len = max(2, effort.num_logits // (BATCH * vocab_size))
     shape = (BATCH, seq_len)
@@ -138,15 +138,21 @@ def _make_call(peer: Peer, batch: Batch, passes: str) -> Call:
 
 
 def _try_out(call: Call, truth: accuracy.Truth, device: torch.device) -> None:
-    """Run twice, the first time to compile and to warm up: errors, then memory."""
+    """Run to compile, to warm up and for the errors; then for the memory, the smaller of two peaks.
+
+    A freed buffer that the heap has no use for at that moment adds to the other.
+    """
     values, grad_logits = call.fn()
     call.value_error = accuracy.value_error(values, truth)
     if grad_logits is not None:
         call.grad_error = accuracy.grad_error(grad_logits, truth)
     del values, grad_logits
-    if call.restore is not None:
-        call.restore()
-    _, call.peak_mib = measure.with_peak(call.fn, device)
+    peaks = []
+    for _ in range(2):
+        if call.restore is not None:
+            call.restore()
+        peaks.append(measure.peak_mib(call.fn, device))
+    call.peak_mib = min((peak for peak in peaks if peak is not None), default=None)
 
 
 def _to_rows(calls: list[Call], batch: Batch, passes: str, copy_gb_per_s: float) -> list[Row]:

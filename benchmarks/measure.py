@@ -5,14 +5,10 @@ import ctypes
 import gc
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
-
 import torch
 from torch.utils.benchmark import Timer
-
-Result = TypeVar("Result")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -63,10 +59,10 @@ def _times_ms_cuda(
     return samples
 
 
-def with_peak(fn: Callable[[], Result], device: torch.device) -> tuple[Result, float | None]:
-    """Call fn, which has run before; return its result, and its peak above what was there, in MiB.
+def peak_mib(fn: Callable[[], object], device: torch.device) -> float | None:
+    """Return the most that a call of fn, which has run before, holds above what is there, in MiB.
 
-    The result counts. On a CPU it is the resident size, so that pages that nobody touched do not
+    Its result counts. On a CPU it is the resident size, so that pages that nobody touched do not
     count; None where the kernel keeps no such record, as outside of Linux.
     """
     gc.collect()
@@ -76,22 +72,30 @@ def with_peak(fn: Callable[[], Result], device: torch.device) -> tuple[Result, f
         before = torch.cuda.memory_allocated()
         result = fn()
         torch.cuda.synchronize()
-        return result, (torch.cuda.max_memory_allocated() - before) / 2**20
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with _separate_buffers():
+        if not _reset_peak_rss():
+            return None
+        before = _status_mib("VmRSS")
+        result = fn()
+        del result
+        return _status_mib("VmHWM") - before
+
+
+@contextlib.contextmanager
+def _separate_buffers() -> Iterator[None]:
+    """Let glibc map each buffer by itself: what is free in the heap would hide what fn asks for."""
     libc = ctypes.CDLL(None)
-    has_mallopt = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
-    if has_mallopt:
-        # Map each buffer by itself: what is free in the heap would hide what fn asks for, and holes
-        # in it would add to that. Afterwards, what glibc's own rule comes to with buffers of this size.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-        libc.malloc_trim(0)
-    known = _reset_peak_rss()
-    before = _status_mib("VmRSS") if known else 0.0
-    result = fn()
-    peak = _status_mib("VmHWM") - before if known else None
-    if has_mallopt:
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
-    return result, peak
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    libc.malloc_trim(0)
+    yield
+    # Where glibc's own rule ends up in a process that frees buffers of this size.
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def _reset_peak_rss() -> bool:

@@ -22,7 +22,7 @@ _PARTIALS = (
 )
 _COMBINE = (
     "(Tensor partials, Tensor target, Tensor weights, Tensor? cu_seqlens, str reduction, "
-    f"int vocab_size, {_SCALING}, str[] stats, str backend) "
+    f"SymInt vocab_size, {_SCALING}, str[] stats, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _GRAD_INPUTS = (

@@ -51,7 +51,7 @@ def seq_logprob(
     else:
         bounds = cu_seqlens.tolist()
         sequences = [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
-    values = token_logps.new_zeros(0)
+    values = weighted.flatten()[:0]  # without a sequence: empty, and attached all the same
     lengths = token_logps.new_zeros(len(sequences))
     if sequences:
         values = torch.stack([weighted[s].sum() for s in sequences])
