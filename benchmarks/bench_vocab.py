@@ -24,6 +24,7 @@ import measure
 import peers
 import report
 from cases import Effort, make_batches, measure_case
+from peers import Peer
 from report import BACKWARD, FORWARD, Row
 
 HEADLINE = 128256
@@ -46,10 +47,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     require_bench_extra(["tqdm"] if args.no_plot else ["tqdm", "matplotlib"])
-    from tqdm import tqdm
-
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -62,32 +62,57 @@ def main(argv: list[str] | None = None) -> int:
 
     machine = measure.machine_name(device)
     copy_numel = min(COPY_NUMEL[device.type], measure.free_bytes(device) // 32)
-    copy_gb_per_s = measure.copy_gb_per_s(device, numel=copy_numel, min_run_s=0.3)
+    copy_gb_per_s = measure.copy_gb_per_s(device, numel=copy_numel, min_run_s=0.5)
     run: dict[str, str | int | float] = dict(
         machine=machine,
         copy_gb_per_s=round(copy_gb_per_s, 2),
         torch=torch.__version__,
         triton=version("triton"),
         seed=args.seed,
-        command=shlex.join(
-            ["python", "benchmarks/bench_vocab.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
+        command=shlex.join(["python", "benchmarks/bench_vocab.py", *argv]),
     )
     print(*(f"{name}: {value}" for name, value in run.items()), "", sep="\n")
     print(*(f"{peer.name}: {peers.DESCRIPTIONS[peer.name]}" for peer in runnable), sep="\n")
+    others = measure.OtherLoad()
+    rows, failures = measure_all(args, device, dtypes, runnable, copy_gb_per_s)
+    for what, where in failures.items():
+        not_run[what] = f"{len(where)} times, at first with {where[0]}"
+    print("", *(f"not run: {name}: {reason}" for name, reason in not_run.items()), sep="\n")
+    print("", report.NOTES, sep="\n")
+    print(f"other processes: {others.share():.0%} of the cores while this ran", end="\n\n")
+    print(goals.goals_text(goals.judge(rows, HEADLINE), HEADLINE), end="\n\n")
+
+    csv, png = output_paths(args, machine)
+    report.write_csv(csv, rows, run)
+    print(f"rows: {csv}")
+    if png is not None:
+        report.plot(png, rows, machine)
+        print(f"plot: {png}")
+    return 0
+
+
+def measure_all(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    runnable: list[Peer],
+    copy_gb_per_s: float,
+) -> tuple[list[Row], dict[str, list[str]]]:
+    """Return a row for each implementation in each case, and what failed with the cases it failed in.
+
+    Print the rows of a vocabulary size when it is done.
+    """
+    from tqdm import tqdm
+
+    def peers_at(vocab_size: int, passes: str) -> list[Peer]:
+        everyone = (vocab_size, passes) == (HEADLINE, BACKWARD)
+        return [peer for peer in runnable if everyone or not peer.only_headline_backward]
 
     efforts = {vocab_size: effort_at(vocab_size, args.quick, device) for vocab_size in args.vocab}
-    at = {
-        (vocab_size, passes): [
-            peer
-            for peer in runnable
-            if not peer.only_headline_backward or (vocab_size, passes) == (HEADLINE, BACKWARD)
-        ]
-        for vocab_size in args.vocab
-        for passes in (FORWARD, BACKWARD)
-    }
     steps = sum(
-        len(some) * (1 + efforts[vocab_size].rounds) for (vocab_size, _), some in at.items()
+        (1 + effort.rounds) * len(peers_at(vocab_size, passes))
+        for vocab_size, effort in efforts.items()
+        for passes in (FORWARD, BACKWARD)
     )
     generator = torch.Generator(device).manual_seed(args.seed)
     rows: list[Row] = []
@@ -96,14 +121,14 @@ def main(argv: list[str] | None = None) -> int:
         for vocab_size, effort in efforts.items():
             new: list[Row] = []
             for dtype in dtypes:
-                torch.compiler.reset()  # it gives up after eight shapes
+                torch.compiler.reset()  # it compiles for eight shapes and no more
                 for batch in make_batches(vocab_size, dtype, args.share, effort, generator):
                     for passes in (FORWARD, BACKWARD):
                         progress.set_description(f"{batch}, {passes}")
                         new += measure_case(
                             batch,
                             passes,
-                            at[vocab_size, passes],
+                            peers_at(vocab_size, passes),
                             effort,
                             copy_gb_per_s,
                             failures,
@@ -111,49 +136,53 @@ def main(argv: list[str] | None = None) -> int:
                         )
             tqdm.write(f"\nV = {vocab_size}\n{report.table(new)}", file=sys.stdout)
             rows += new
-
-    not_run |= {
-        what: f"in {len(where)} cases, {where[0]} first" for what, where in failures.items()
-    }
-    print("", *(f"not run: {what}: {why}" for what, why in not_run.items()), sep="\n")
-    print(
-        "", report.NOTES, "", goals.goals_text(goals.judge(rows, HEADLINE), HEADLINE), "", sep="\n"
-    )
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    whole = not args.quick and (args.vocab, args.dtype, args.share) == (VOCAB_SIZES, DTYPES, SHARES)
-    csv = args.csv or RESULTS / (f"{slug}.csv" if whole else f"{slug}.local.csv")
-    report.write_csv(csv, rows, run)
-    print(f"rows: {csv}")
-    if not args.no_plot:
-        png = args.plot or csv.with_suffix(".png")
-        report.plot(png, rows, machine)
-        print(f"plot: {png}")
-    return 0
+    return rows, failures
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def effort_at(vocab_size: int, quick: bool, device: torch.device) -> Effort:
+    """Return the effort at one vocabulary size, with a batch that memory has room for."""
+    at_headline, elsewhere = EFFORTS[device.type]
+    effort = at_headline if vocab_size == HEADLINE else elsewhere
+    if quick:
+        effort = QUICK_EFFORTS[device.type]
+    most = measure.free_bytes(device) // BYTES_PER_LOGIT
+    return dataclasses.replace(effort, num_logits=min(effort.num_logits, most))
+
+
+def output_paths(args: argparse.Namespace, machine: str) -> tuple[Path, Path | None]:
+    """Return where the CSV file and the plot go; git ignores the names that a partial run gets."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    if args.quick or (args.vocab, args.dtype, args.share) != (VOCAB_SIZES, DTYPES, SHARES):
+        name += ".local"
+    csv = args.csv or RESULTS / f"{name}.csv"
+    return csv, None if args.no_plot else args.plot or csv.with_suffix(".png")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Speed, memory and accuracy of log-probabilities over vocabulary sizes."
     )
-    parser.add_argument("--quick", action="store_true", help="two vocabulary sizes, small batches")
-    parser.add_argument("--vocab", type=int, nargs="+", help=f"sizes; else {VOCAB_SIZES}")
+    parser.add_argument("--quick", action="store_true", help="a tenth: two sizes, little repeated")
+    parser.add_argument("--vocab", type=int, nargs="+", help=f"by default {VOCAB_SIZES}")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument(
         "--share", type=float, nargs="+", default=SHARES, help="of the rows scored, in (0, 1]"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=["auto", "triton", "torch"], default="auto")
-    parser.add_argument("--seed", type=int, default=None, help="of the logits; else a fresh one")
-    parser.add_argument("--csv", type=Path, help="else results/<machine>.csv, here")
-    parser.add_argument("--plot", type=Path, help="PNG; else beside the CSV file")
+    parser.add_argument("--seed", type=int, help="of the batches; by default a fresh one")
+    parser.add_argument("--csv", type=Path, help="by default benchmarks/results/<machine>.csv")
+    parser.add_argument("--plot", type=Path, help="PNG; by default beside the CSV file")
     parser.add_argument("--no-plot", action="store_true")
     args = parser.parse_args(argv)
-    args.vocab = args.vocab or (QUICK_VOCAB_SIZES if args.quick else VOCAB_SIZES)
-    args.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    if args.vocab is None:
+        args.vocab = QUICK_VOCAB_SIZES if args.quick else VOCAB_SIZES
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
     if torch.device(args.device).type not in EFFORTS:
         parser.error(f"--device must be a cpu or cuda device, got {args.device}")
     if min(args.vocab) < 2 or not all(0 < share <= 1 for share in args.share):
-        parser.error("--vocab takes sizes from 2 on, --share numbers in (0, 1]")
+        parser.error("--vocab must be 2 or more, and --share in (0, 1]")
     return args
 
 
@@ -161,19 +190,9 @@ def require_bench_extra(packages: list[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(
-            f"{' and '.join(missing)} not installed: pip install dpo-triton[bench]"
-            + (" (or pass --no-plot)" if missing == ["matplotlib"] else "")
+            f"{' and '.join(missing)} not found: pip install dpo-triton[bench]"
+            + (", or pass --no-plot" if missing == ["matplotlib"] else "")
         )
-
-
-def effort_at(vocab_size: int, quick: bool, device: torch.device) -> Effort:
-    """The effort at one vocabulary size, with a batch that memory has room for."""
-    at_headline, elsewhere = EFFORTS[device.type]
-    effort = at_headline if vocab_size == HEADLINE else elsewhere
-    if quick:
-        effort = QUICK_EFFORTS[device.type]
-    most = measure.free_bytes(device) // BYTES_PER_LOGIT
-    return dataclasses.replace(effort, num_logits=min(effort.num_logits, most))
 
 
 def version(package: str) -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
 import torch
 from torch.utils.benchmark import Timer
 
@@ -92,10 +93,11 @@ def _separate_buffers() -> Iterator[None]:
         return
     libc.mallopt(M_MMAP_THRESHOLD, 2**20)
     libc.malloc_trim(0)
-    yield
-    # Where glibc's own rule ends up in a process that frees buffers of this size.
-    libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**26)
+    try:
+        yield
+    finally:  # where glibc's own rule ends up in a process that frees buffers of this size
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def _reset_peak_rss() -> bool:

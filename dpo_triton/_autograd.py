@@ -61,8 +61,8 @@ class Logprob(torch.autograd.Function):
     def backward(ctx: Any, grad_result: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.inplace_backward and ctx.is_overwritten:
             raise RuntimeError(
-                "inplace_backward=True: an earlier backward pass wrote its gradient over the logits, "
-                "so there is nothing to differentiate again; pass inplace_backward=False"
+                "inplace_backward=True: an earlier backward pass wrote its gradient over the "
+                "logits, so there is nothing to differentiate again; pass inplace_backward=False"
             )
         logits, labels, cu_seqlens, weights, lengths, logps, peak, total = ctx.saved_tensors
         grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, logps)

@@ -81,7 +81,7 @@ def test_no_grad_keeps_nothing(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_float16_scaled_upstream(dtype, backend, device):
-    """A gradient scaler's 65536 overflows float16 on its own, but not times 1 / length times 1 - p."""
+    """A gradient scaler's 65536 overflows float16, but not times 1 / length times 1 - p."""
     batch = make_batch((2, 30, 200), dtype, device)._replace(mask=None)
     value = lambda f, b: value_and_grad(f, b, torch.full((2,), 65536.0, device=device))  # noqa: E731
     _, grad = value(fused(backend), batch)
@@ -95,7 +95,7 @@ def test_float16_scaled_upstream(dtype, backend, device):
 
 
 def test_autocast(backend, device):
-    """Logits come out of the head in bf16; log-probabilities are float32 inside autocast as outside."""
+    """A head gives bf16 logits; log-probabilities are float32 inside autocast as outside."""
     head = nn.Linear(16, 300, bias=False, device=device)
     hidden = torch.randn(2, 5, 16, device=device)
     labels = torch.randint(0, 300, (2, 5), device=device)

@@ -99,7 +99,7 @@ def test_inplace_backward_compiled(backend, device):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(packed, backend, device):
-    """Every token is scored: what belongs to one that is not stays unwritten, and is compared too."""
+    """Every token is scored: what belongs to one that is not stays unwritten."""
     logits, labels, _ = make_batch((2, 4, 130), torch.float32, device)
     mask = torch.rand(2, 4, device=device) + 0.5
     cu_seqlens = None

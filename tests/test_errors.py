@@ -122,7 +122,7 @@ def test_message(case):
 
 
 def test_lengths_are_of_sequences():
-    with pytest.raises(ValueError, match="token_logps.*got 'lengths'"):
+    with pytest.raises(ValueError, match=r"token_logps.*got 'lengths'"):
         fused_token_logprob(LOGITS, LABELS, stats=["lengths"])
 
 

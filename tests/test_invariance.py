@@ -1,4 +1,4 @@
-"""A row's bits are its own: alone, in a batch, permuted, packed, in any run, for any thread count."""
+"""A row's bits are its own: alone, in a batch, permuted, padded, for any thread count."""
 
 import pytest
 import torch

@@ -68,6 +68,6 @@ def test_rows_not_scored_are_not_touched(tmp_path, backend, device):
     labels = torch.zeros(1, num_rows, dtype=torch.int64)
     value = fused(backend)(logits.requires_grad_(), labels, mask)
     value.sum().backward()
-    # Reading a hole of a shared mapping allocates no block, but writing does: logits were not written.
+    # Writing to a hole of a shared mapping allocates a block: the logits were not written.
     assert path.stat().st_blocks * 512 <= 4 * vocab_size * 4
     assert (logits.grad[0, :-2] == 0).all()

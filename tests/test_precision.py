@@ -43,7 +43,7 @@ def test_exact_at_any_margin(margin, vocab_size, backend, device):
 
 
 def test_the_plain_formula_collapses_past_17_nats(backend, device):
-    """What the margins above are for: log_softmax gives 0 with a gradient of 0, and trains nothing."""
+    """What the margins above are for: log_softmax gives 0, and a gradient of 0."""
     batch, exact = leading_by(20.0, 1025, device)
     p = torch.log_softmax(batch.logits, -1)[0, 0, int(batch.labels)]
     assert p == 0.0
@@ -65,7 +65,7 @@ def test_large_logits_keep_their_digits(offset, dtype, backend, device):
 
 
 def test_a_poor_first_guess_of_the_peak(backend, device):
-    """The first columns far above or below the others: a row's exponents begin at the right place."""
+    """The first columns far above or below the others, the target among either."""
     is_interpreted = backend == "triton" and device.type == "cpu"  # its fma rounds twice
     batch = make_batch((6, 1, 5000), torch.float32, device)
     logits = batch.logits.clone()

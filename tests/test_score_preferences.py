@@ -415,7 +415,7 @@ def test_smollm2_gives_the_golden_values():
     input_ids = torch.from_numpy(golden["input_ids"]).long()
     attention_mask = torch.from_numpy(golden["attention_mask"]).long()
     completion_mask = torch.from_numpy(golden["completion_mask"])
-    model, _ = script.load_model(script.find_smollm2(), CPU, torch.float32)
+    model, tokenizer = script.load_model(script.find_smollm2(), CPU, torch.float32)
 
     values = {"sum": [], "mean": []}
     for start in range(0, len(input_ids), 4):  # 200 MB of logits at a time
@@ -439,6 +439,14 @@ def test_smollm2_gives_the_golden_values():
         script.Encoded(ids[real].tolist(), int(first), False)
         for ids, real, first in zip(input_ids, attention_mask == 1, starts, strict=True)
     ]
+    encoded = {"chosen": [], "rejected": []}
+    for source in json.loads(str(golden["meta"]))["sources"]:  # file:row, from 0
+        name, row = source.split(":")
+        pair = script.read_pairs(_golden().with_name(f"{name}.jsonl.gz"))[int(row)]
+        for side, rows in encoded.items():
+            rows.append(script.encode(tokenizer, source, pair.prompt, getattr(pair, side), 512))
+    assert encoded["chosen"] + encoded["rejected"] == sequences
+
     scores = script.score(model, sequences, batch_size=8, device=CPU)
     np.testing.assert_array_equal(scores.lengths.numpy(), golden["completion_tokens"])
     np.testing.assert_allclose(scores.sums.numpy(), golden["sum_logp"], rtol=0, atol=1e-3)

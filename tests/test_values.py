@@ -219,7 +219,7 @@ def test_int64_offsets(backend, device, tmp_path):
     assert logits.numel() > 1 << 31
     last = torch.randn(2, vocab_size, device=device).half()
     logits[0, -2:] = last
-    # Two rows at the far end, as a strided view: their offsets need 64 bits, nothing else is touched.
+    # Rows at the far end, as strided views: their offsets need 64 bits.
     far = torch.as_strided(
         logits,
         (2, 1, vocab_size),

