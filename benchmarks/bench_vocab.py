@@ -98,9 +98,9 @@ def measure_all(
     runnable: list[Peer],
     copy_gb_per_s: float,
 ) -> tuple[list[Row], dict[str, list[str]]]:
-    """Return a row for each implementation in each case, and what failed with the cases it failed in.
+    """Return a row for each implementation in each case, and what failed -> in which cases.
 
-    Print the rows of a vocabulary size when it is done.
+    The rows of a vocabulary size are printed when it is done.
     """
     from tqdm import tqdm
 

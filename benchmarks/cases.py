@@ -61,7 +61,7 @@ def make_batches(
     effort: Effort,
     generator: torch.Generator,
 ) -> Iterator[Batch]:
-    """Yield a batch for each share of scored rows; the logits stay, normal with a deviation of 3."""
+    """Yield a batch for each share of scored rows, of the same logits, normal with deviation 3."""
     device = generator.device
     seq_len = max(2, effort.num_logits // (BATCH * vocab_size))
     shape = (BATCH, seq_len)

@@ -99,6 +99,6 @@ def _errors(rows: list[Row]) -> Iterator[Goal]:
             yield Goal(
                 f"error of {what} over every other's, in roundings of the result",
                 "<= 1",
-                f"{max(excesses):.2f} (not above in {no_worse} of {len(excesses)})",
+                f"{max(excesses):.3f} (not above in {no_worse} of {len(excesses)})",
                 max(excesses) <= 1,
             )

@@ -83,7 +83,7 @@ def collect(device: torch.device, backend: str) -> tuple[list[Peer], dict[str, s
         reason = _why_not(modules[0]) if served else None
         if not served:
             not_run[name] = (
-                "it is a Triton kernel: needs a GPU" if not on_gpu else f"see {TRL_KERNEL}"
+                "its kernel is Triton's: needs a GPU" if not on_gpu else f"see {TRL_KERNEL}"
             )
         elif reason is not None:
             not_run[name] = reason

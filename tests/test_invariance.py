@@ -30,6 +30,18 @@ def test_alone_in_a_batch_and_permuted(vocab_size, dtype, backend, device):
     assert torch.equal(one, tokens[2:3, 1:2])
 
 
+@pytest.mark.parametrize("vocab_size", [37, 1000, 16385])
+def test_softcap_too(vocab_size, backend, device):
+    batch = make_batch((4, 3, vocab_size), torch.float32, device)
+    options = dict(softcap=7.0, temperature=0.6)
+    values, grads = value_and_grad(fused(backend), batch, **options)
+    for b in range(4):
+        alone = batch._make(x[b : b + 1] for x in batch)
+        value, grad = value_and_grad(fused(backend), alone, **options)
+        assert torch.equal(value, values[b : b + 1])
+        assert torch.equal(grad, grads[b : b + 1])
+
+
 @pytest.mark.parametrize("vocab_size", [6400, 70000])
 def test_any_number_of_threads(vocab_size):
     batch = make_batch((2, 3, vocab_size), torch.bfloat16)

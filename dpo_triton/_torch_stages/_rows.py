@@ -11,8 +11,10 @@ from torch import Tensor
 # Elements of the buffer, 6.5 MiB of float32: enough to hide the cost of starting an operation.
 BUFFER_NUMEL = 13 << 17
 LN2 = math.log(2.0)
-# Elements of which PyTorch gives a thread at least so many (at::internal::GRAIN_SIZE).
+# PyTorch gives a thread at least so many elements (at::internal::GRAIN_SIZE) ...
 GRAIN = 32768
+# ... and its vectors hold at most so many float32 (AVX-512).
+LONGEST_VECTOR = 16
 
 Run = tuple[int, int]  # first row, number of rows
 
@@ -75,50 +77,66 @@ def views(grid: Tensor, runs: list[Run]) -> list[Tensor]:
     return found
 
 
-def load(
-    grid: Tensor, runs: list[Run], workspace: Tensor, logit_scale: float, softcap: float | None
-) -> Tensor:
-    """u of the rows, (R, V): in the workspace, or the logits as they lie if they serve."""
-    sources = views(grid, runs)
-    if len(sources) == 1:
-        if grid.dtype == workspace.dtype and softcap is None:
-            return sources[0]
-        workspace.copy_(sources[0])
-    else:
-        for source, place in zip(sources, split_like(workspace, sources), strict=True):
-            place.copy_(source)
-    return cap_(workspace, logit_scale, softcap)
-
-
 def split_like(x: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     """Views of (R, V) with as many rows each as the parts have."""
     return torch.split_with_sizes(x, [len(part) for part in parts])
 
 
 class Workspace:
-    """Room for the exponents of a block of rows, in which a row's bits do not depend on the others.
+    """The rows of a block in float32 (or float64), from logits to exponentials.
 
-    torch.exp2 computes 2 vectors at a time, and what remains at the end of each thread's share by
-    another routine, which rounds differently. So it is run over a length that leaves no remainder.
+    PyTorch runs an elementwise operation two vectors at a time, and what remains at the end of a
+    row, or of a thread's share, through scalar code that rounds differently: its multiply-add is
+    not fused, its exp2 another. So rows are padded to a length, and blocks to a number of rows,
+    that leave no remainder: a row's bits are then its own. Padding is computed and never read.
     """
 
     def __init__(self, logits: Tensor, num_rows: int, dtype: torch.dtype) -> None:
+        num_threads = torch.get_num_threads()
         self.vocab_size = logits.shape[-1]
-        self.max_rows = max(1, min(num_rows, BUFFER_NUMEL // self.vocab_size))
-        numel = _without_remainder(self.max_rows * self.vocab_size)
-        self.flat = torch.empty(numel, dtype=dtype, device=logits.device)
+        pitch = _round_up(self.vocab_size, 2 * LONGEST_VECTOR * num_threads)
+        self.max_rows = max(1, min(num_rows, BUFFER_NUMEL // pitch))
+        self.min_rows = -(-num_threads * GRAIN // pitch)  # below that, not all threads take part
+        shape = (max(self.max_rows, self.min_rows), pitch)
+        self.padded = torch.zeros(shape, dtype=dtype, device=logits.device)
+
+    def load(
+        self, grid: Tensor, runs: list[Run], logit_scale: float, softcap: float | None
+    ) -> Tensor:
+        """Fill with u of the runs' rows, and return them as a view (R, V)."""
+        sources = views(grid, runs)
+        u = self.rows(sum(length for _, length in runs))
+        for source, place in zip(sources, split_like(u, sources), strict=True):
+            place.copy_(source)
+        cap_(self.block(len(u)), logit_scale, softcap)
+        return u
 
     def rows(self, num_rows: int) -> Tensor:
-        """View (num_rows, V)."""
-        return self.flat[: num_rows * self.vocab_size].view(num_rows, self.vocab_size)
+        """The first rows without their padding, (R, V)."""
+        return self.padded[:num_rows, : self.vocab_size]
+
+    def block(self, num_rows: int) -> Tensor:
+        """The first rows with all padding."""
+        return self.padded[: max(num_rows, self.min_rows)]
+
+    def to_exponents(self, num_rows: int, peaks: Tensor, scale: float) -> None:
+        """u to scale * u - scale * peak, rounded once; peaks (>= R, 1) are `pad_peaks`'."""
+        block = self.block(num_rows)
+        torch.add(peaks[: len(block)], block, alpha=scale, out=block)
 
     def exp2_(self, num_rows: int) -> None:
-        """2 ** x in place, of the first rows and of some elements behind them."""
-        torch.exp2(x := self.flat[: _without_remainder(num_rows * self.vocab_size)], out=x)
+        """Exponents to exponentials."""
+        self.block(num_rows).exp2_()
+
+    def pad_peaks(self, peak: Tensor, scale: float) -> Tensor:
+        """-scale * peak, (M, 1), with as many more as the padding of the last block takes."""
+        return torch.cat([peak * -scale, peak.new_zeros(self.min_rows, 1)])
 
 
-def _without_remainder(numel: int) -> int:
-    """The next length that threads share in multiples of 32, two of the longest vectors."""
-    num_threads = torch.get_num_threads()
-    step = GRAIN if numel <= num_threads * GRAIN else 32 * num_threads
-    return -(-numel // step) * step
+def exponent_error(peak: Tensor, scale: float) -> Tensor:
+    """How far the rounded scale * peak, which exponents are relative to, is above the exact one."""
+    return (peak * scale).double() - peak.double() * scale
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step

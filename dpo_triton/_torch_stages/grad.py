@@ -8,8 +8,8 @@ from ._rows import (
     LN2,
     Workspace,
     blocks,
+    exponent_error,
     exponent_scale,
-    load,
     row_grid,
     row_numbers,
     split_like,
@@ -45,7 +45,8 @@ def grad(
 
     coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * (scale * LN2)
     target_grad = -coefficient * torch.expm1(of_rows(logps))
-    probability_scale = -coefficient / of_rows(total)
+    error = exponent_error(of_rows(peak), scale)
+    probability_scale = (-coefficient * error.exp2() / of_rows(total)).to(dtype)
 
     grid = row_grid(logits)
     if out is None:
@@ -59,22 +60,28 @@ def grad(
                 view.zero_()
 
     workspace = Workspace(logits, len(rows), dtype)
-    spare = workspace if softcap is None else Workspace(logits, len(rows), dtype)
-    per_row = (of_rows(labels).long(), of_rows(peak), target_grad, probability_scale)
+    slope = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
+    padded_peaks = workspace.pad_peaks(of_rows(peak), scale)
+    per_row = (of_rows(labels).long(), target_grad, probability_scale)
     per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
-    for runs, (y_here, peak_here, target_here, scale_here) in zip(
+    lo = 0
+    for runs, (y_here, target_here, scale_here) in zip(
         blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
     ):
         num_rows = len(y_here)
-        u = load(grid, runs, spare.rows(num_rows), logit_scale, softcap)
-        d = torch.sub(u, peak_here, out=workspace.rows(num_rows)).mul_(scale)
+        d = workspace.load(grid, runs, logit_scale, softcap)
+        if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
+            torch.div(d, softcap, out=slope[:num_rows])
+            slope[:num_rows].square_().neg_().add_(1).mul_(logit_scale)
+        workspace.to_exponents(num_rows, padded_peaks[lo:], scale)
         workspace.exp2_(num_rows)
         d.mul_(scale_here).scatter_(1, y_here, target_here)
-        if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
-            d.mul_(u.div_(softcap).square_().neg_().add_(1).mul_(logit_scale))
+        if softcap is not None:
+            d.mul_(slope[:num_rows])
         places = views(out_grid, runs)
         for place, computed in zip(places, split_like(d, places), strict=True):
             place.copy_(computed)
+        lo += num_rows
     return out
 
 

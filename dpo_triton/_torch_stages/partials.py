@@ -11,8 +11,8 @@ from ._rows import (
     Workspace,
     blocks,
     cap_,
+    exponent_error,
     exponent_scale,
-    load,
     row_grid,
     row_numbers,
     views,
@@ -69,26 +69,34 @@ def partials(
     target = cap_(x_y.to(dtype), logit_scale, softcap)
 
     workspace = Workspace(logits, len(rows), dtype)
-    max_rows = workspace.max_rows
-    spare = Workspace(logits, max_rows, dtype) if "entropy" in stats else None
+    spare = torch.empty_like(workspace.rows(workspace.max_rows)) if "entropy" in stats else None
     channels = torch.empty((2 + len(stats), len(rows), 1), dtype=dtype, device=logits.device)
     peak, total = channels[:2]
     for runs in blocks(rows, grid.shape[1], len(rows)):
         guesses = [view[:, :PEAK_COLUMNS].amax(1, keepdim=True) for view in views(grid, runs)]
         peak.copy_(cap_(torch.cat(guesses).to(dtype), logit_scale, softcap))
+    padded_peaks = workspace.pad_peaks(peak, scale)
     # Views for each block are made here, all at once: in the loop they would cost a tenth of it.
     # Without a scored token there is no block, but split gives one empty view: hence no strict zip.
-    per_block = zip(*(torch.split(x, max_rows) for x in (y, *channels)), strict=True)
-    for runs, (y_here, *out) in zip(blocks(rows, grid.shape[1], max_rows), per_block, strict=False):
-        u = load(grid, runs, workspace.rows(len(y_here)), logit_scale, softcap)
-        _fold(u, workspace, y_here, scale, out, spare, stats)
+    per_block = zip(
+        *(torch.split(x, workspace.max_rows) for x in (y, *channels[1:])),
+        [padded_peaks[lo:] for lo in range(0, max(1, len(rows)), workspace.max_rows)],
+        strict=True,
+    )
+    for runs, (y_here, *out, peaks_here) in zip(
+        blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
+    ):
+        workspace.load(grid, runs, logit_scale, softcap)
+        _fold(workspace, y_here, scale, peaks_here, out, spare, stats)
     is_poor = ~((total >= 1 / TRUSTED) & (total <= TRUSTED)).squeeze(1)
     for n in is_poor.nonzero().flatten().tolist():
         one = slice(n, n + 1)
-        u = load(grid, [(int(rows[n]), 1)], workspace.rows(1), logit_scale, softcap)
+        u = workspace.load(grid, [(int(rows[n]), 1)], logit_scale, softcap)
         others_peak = u.scatter(1, y[one], -math.inf).amax(1, keepdim=True)
         peak[one] = others_peak.clamp_(min=LOWEST)
-        _fold(u, workspace, y[one], scale, [x[one] for x in channels], spare, stats)
+        out = [x[one] for x in channels[1:]]
+        _fold(workspace, y[one], scale, workspace.pad_peaks(peak[one], scale), out, spare, stats)
+    _make_exact(channels, scale, stats)
 
     num_tokens = labels.numel()
     partials = channels.new_empty((2 + len(stats), 1, num_tokens))
@@ -98,32 +106,46 @@ def partials(
 
 
 def _fold(
-    u: Tensor,  # (R, V); may lie in the workspace
-    workspace: Workspace,  # overwritten
+    workspace: Workspace,  # holds u of R rows, overwritten
     y: Tensor,  # (R, 1)
     scale: float,
-    channels: Sequence[
-        Tensor
-    ],  # (R, 1) each: the peak; out: the total, and what each stat asks for
-    spare: Workspace | None,  # for the entropy, overwritten
+    peaks: Tensor,  # of `Workspace.pad_peaks`
+    out: Sequence[Tensor],  # (R, 1) each: the total, and what each stat asks for
+    spare: Tensor | None,  # (at least R, V) for the entropy, overwritten
     stats: Sequence[str],
 ) -> None:
-    """Sum 2 ** (scale * (u - peak)) over j != y of each row, and what the stats ask for."""
-    peak, total, *rest = channels
+    """Sum 2 ** (scale * u - scale * peak) over j != y of each row, and what the stats ask for."""
+    num_rows = len(y)
+    x = workspace.rows(num_rows)  # u, then exponents, then exponentials
+    total, *rest = out
     sums = dict(zip(stats, rest, strict=True))
     if "mean_logit" in sums:
-        _row_sums(u, out=sums["mean_logit"])
+        _row_sums(x, out=sums["mean_logit"])
     if "top1" in sums:  # 0 where the label is the first maximum
-        torch.ne(u.argmax(1, keepdim=True), y, out=sums["top1"])
-    e = torch.sub(u, peak, out=workspace.rows(len(u))).mul_(scale).scatter_(1, y, -math.inf)
+        torch.ne(x.argmax(1, keepdim=True), y, out=sums["top1"])
+    workspace.to_exponents(num_rows, peaks, scale)
+    x.scatter_(1, y, -math.inf)
     if spare is not None:
-        products = torch.clamp(e, min=-1.0e4, out=spare.rows(len(u)))  # 0 * -inf is NaN
-    workspace.exp2_(len(u))
-    _row_sums(e, out=total)
+        products = torch.clamp(x, min=-1.0e4, out=spare[:num_rows])  # 0 * -inf is NaN
+    workspace.exp2_(num_rows)
+    _row_sums(x, out=total)
     if spare is not None:
-        _row_sums(products.mul_(e), out=sums["entropy"])
+        _row_sums(products.mul_(x), out=sums["entropy"])
     if "log_sum_sq_probs" in sums:
-        _row_sums(e.square_(), out=sums["log_sum_sq_probs"])
+        _row_sums(x.square_(), out=sums["log_sum_sq_probs"])
+
+
+def _make_exact(channels: Tensor, scale: float, stats: Sequence[str]) -> None:
+    """From exponents relative to the rounded scale * peak to the exact one."""
+    peak, total, *rest = channels
+    sums = dict(zip(stats, rest, strict=True))
+    error = exponent_error(peak, scale)
+    correction = error.exp2()
+    if "entropy" in sums:
+        sums["entropy"].copy_((sums["entropy"] + error * total) * correction)
+    if "log_sum_sq_probs" in sums:
+        sums["log_sum_sq_probs"].copy_(sums["log_sum_sq_probs"] * correction.square())
+    total.copy_(total * correction)
 
 
 def _row_sums(x: Tensor, out: Tensor) -> None:
