@@ -138,21 +138,15 @@ def _make_call(peer: Peer, batch: Batch, passes: str) -> Call:
 
 
 def _try_out(call: Call, truth: accuracy.Truth, device: torch.device) -> None:
-    """Run to compile, to warm up and for the errors; then for the memory, the smaller of two peaks.
-
-    A freed buffer that the heap has no use for at that moment adds to the other.
-    """
+    """Run twice: to compile, to warm up and for the errors, and then for the memory."""
     values, grad_logits = call.fn()
     call.value_error = accuracy.value_error(values, truth)
     if grad_logits is not None:
         call.grad_error = accuracy.grad_error(grad_logits, truth)
     del values, grad_logits
-    peaks = []
-    for _ in range(2):
-        if call.restore is not None:
-            call.restore()
-        peaks.append(measure.peak_mib(call.fn, device))
-    call.peak_mib = min((peak for peak in peaks if peak is not None), default=None)
+    if call.restore is not None:
+        call.restore()
+    call.peak_mib = measure.peak_mib(call.fn, device)
 
 
 def _to_rows(calls: list[Call], batch: Batch, passes: str, copy_gb_per_s: float) -> list[Row]:

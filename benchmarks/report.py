@@ -64,6 +64,7 @@ LEFT_ALIGNED = (0, 1, 3)
 NOTES = """\
 ms: median. G logits/s: all logits, scored or not. of copy: the least traffic that the pass can have
   over its time, as a part of the speed at which this machine copies.
+  On a CPU buffers of 8 MiB or more are fresh pages in each call, as for batches of everyday size.
 peak MiB: above the inputs, with result and gradient. On a CPU it is the resident size: dpo_triton
   does not touch a gradient's pages of rows that are not scored, and those do not count.
 value error, grad error: largest against float64, in nats; and relative to the largest element.

@@ -1,4 +1,4 @@
-"""benchmarks/bench_vocab.py: it refuses wrong results, and says what it measured and what it could not."""
+"""The benchmark refuses wrong results, and says what it measured and what it could not run."""
 
 import csv
 import dataclasses
@@ -19,6 +19,8 @@ TINY = ["--vocab", "257", "--dtype", "float32", "--device", "cpu", "--no-plot"]
 def bench(monkeypatch):
     """The program as a module; what it imports from its own folder leaves with the test."""
     pytest.importorskip("tqdm")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # busy cores would make thousands of tiny operations wait
     siblings = {path.stem for path in BENCHMARKS.glob("*.py")}
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     for name in siblings:
@@ -29,6 +31,7 @@ def bench(monkeypatch):
     monkeypatch.setattr(module, "EFFORTS", {"cpu": (module.Effort(2**14, 2, 1e-3, 2),) * 2})
     monkeypatch.setattr(module, "COPY_NUMEL", {"cpu": 2**16})
     yield module
+    torch.set_num_threads(threads)
     for name in siblings:
         sys.modules.pop(name, None)
 
@@ -134,10 +137,11 @@ def test_least_bytes_of_bfloat16(bench, passes, num_scored, expected):
 
 
 def test_peak_counts_what_a_call_holds(bench):
+    bench.measure.map_buffers()
     peak = bench.measure.peak_mib(lambda: torch.ones(2**24), torch.device("cpu"))
     if peak is None:
         pytest.skip("no peak resident size here")
-    assert 63 <= peak <= 70
+    assert 63.5 <= peak <= 65
 
 
 def test_times_restore_before_each_sample(bench):

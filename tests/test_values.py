@@ -203,6 +203,16 @@ def test_many_rows_through_the_buffer(runs, device, monkeypatch):
         assert_close(grad, exact[1], 1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_full_blocks(dtype):
+    """A head of real width, and more rows than the PyTorch stages' buffer holds at a time."""
+    batch = make_batch((2, 40, 50257), dtype)
+    value, grad = value_and_grad(fused("torch"), batch)
+    exact = truth("seq_logprob", batch)
+    assert_close(value, exact[0], 1e-6)
+    assert_close(grad, exact[1], 1e-7)
+
+
 def test_int64_offsets(backend, device, tmp_path):
     """Rows that lie past 2 ** 31 elements, in a sparse file: only the pages that are read exist."""
     vocab_size, num_rows = 1 << 16, (1 << 15) + 3
