@@ -5,6 +5,7 @@ import functools
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -209,3 +210,27 @@ def test_gradient_accumulates_over_two_calls(backend, device):
     (halves[0].sum() - halves[1].sum()).backward()
     upstream = torch.tensor([1.0, 1.0, -1.0, -1.0], device=device)
     assert torch.equal(logits.grad, value_and_grad(fused(backend), batch, upstream)[1])
+
+
+def test_inference_mode_then_training(backend, device):
+    """A reference pass under inference_mode leaves nothing behind that training trips on."""
+    batch = make_batch((2, 3, 3001), torch.float64 if backend == "torch" else torch.float32, device)
+    with torch.inference_mode():
+        inside = fused(backend)(*batch)
+    value, _ = value_and_grad(fused(backend), batch)
+    with torch.inference_mode():
+        again = fused(backend)(*batch)
+    assert torch.equal(inside, value)
+    assert torch.equal(again, value)
+
+
+def test_threads_do_not_share_room(device):
+    """Two threads at a time, as data loaders and parallel replicas run."""
+    batches = [make_batch((4, 8, 9001), torch.float32, device) for _ in range(6)]
+    expected = [value_and_grad(fused("torch"), batch) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda b: value_and_grad(fused("torch"), b), batches))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours[0], theirs[0])
+                assert torch.equal(ours[1], theirs[1])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -98,7 +99,7 @@ class Workspace:
         self.max_rows = max(1, min(num_rows, BUFFER_NUMEL // pitch))
         self.min_rows = -(-num_threads * GRAIN // pitch)  # below that, not all threads take part
         shape = (max(self.max_rows, self.min_rows), pitch)
-        self.padded = torch.zeros(shape, dtype=dtype, device=logits.device)
+        self.padded = _kept_buffer(math.prod(shape), dtype, logits.device).view(shape)
 
     def load(
         self, grid: Tensor, runs: list[Run], logit_scale: float, softcap: float | None
@@ -131,6 +132,26 @@ class Workspace:
     def pad_peaks(self, peak: Tensor, scale: float) -> Tensor:
         """-scale * peak, (M, 1), with as many more as the padding of the last block takes."""
         return torch.cat([peak * -scale, peak.new_zeros(self.min_rows, 1)])
+
+
+class _Kept(threading.local):
+    """Buffers of this thread: fresh ones would cost their page faults again in every call."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def _kept_buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A view (numel,) of the thread's buffer, which holds whatever it last did."""
+    buffer = _kept.buffers.get((dtype, device))
+    if buffer is None or buffer.numel() < numel:
+        with torch.inference_mode(False):  # else it could not be written to outside of it
+            buffer = torch.zeros(numel, dtype=dtype, device=device)
+        _kept.buffers[dtype, device] = buffer
+    return buffer[:numel]
 
 
 def exponent_error(peak: Tensor, scale: float) -> Tensor:
