@@ -7,7 +7,7 @@ import accuracy
 import measure
 import numpy as np
 import torch
-from peers import LOG_SOFTMAX, Peer, brief
+from peers import LOG_SOFTMAX, Peer, brief, forget_kept_buffers
 from report import FORWARD, Row, least_bytes
 from torch import Tensor
 
@@ -146,6 +146,8 @@ def _try_out(call: Call, truth: accuracy.Truth, device: torch.device) -> None:
     del values, grad_logits
     if call.restore is not None:
         call.restore()
+    if call.peer.ours:
+        forget_kept_buffers()
     call.peak_mib = measure.peak_mib(call.fn, device)
 
 

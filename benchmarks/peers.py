@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import dpo_triton
+from dpo_triton._torch_stages import _rows
 
 SeqLogprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -90,6 +91,11 @@ def collect(device: torch.device, backend: str) -> tuple[list[Peer], dict[str, s
         else:
             peers.append(Peer(name, make(), overwrites_logits=name == LIGER))
     return peers, not_run
+
+
+def forget_kept_buffers() -> None:
+    """Have the next call of this package allocate again what it keeps, so that it counts."""
+    _rows._kept.buffers.clear()
 
 
 def log_softmax(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
