@@ -15,6 +15,21 @@ except ModuleNotFoundError:
 else:
     HAS_TRITON = True
 
+if HAS_TRITON and not torch.cuda.is_available():
+    import numpy as np
+    from triton.runtime import interpreter
+
+    convert_float = interpreter._convert_float
+
+    def convert_like_a_gpu(x, source, target, rounding_mode):
+        """The interpreter cuts float32 to bfloat16 (Triton 3.7.1); every GPU rounds to nearest."""
+        if source.is_fp32() and target.is_bf16():
+            rounded = torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16()
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        return convert_float(x, source, target, rounding_mode)
+
+    interpreter._convert_float = convert_like_a_gpu
+
 BACKENDS = [
     "torch",
     pytest.param(
