@@ -28,7 +28,13 @@ if HAS_TRITON and not torch.cuda.is_available():
             return rounded.view(torch.int16).numpy().view(np.uint16)
         return convert_float(x, source, target, rounding_mode)
 
+    def fma_like_a_gpu(self, x, y, z):
+        """The interpreter rounds the product, then the sum; float64 holds the product exactly."""
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
+
     interpreter._convert_float = convert_like_a_gpu
+    interpreter.InterpreterBuilder.create_fma = fma_like_a_gpu
 
 BACKENDS = [
     "torch",
