@@ -37,7 +37,7 @@ class Logprob(torch.autograd.Function):
         partials, target, weights = _ops.partials(
             logits, labels, mask, cu_seqlens, shift, ignore_index, *scaling, stats, backend
         )
-        values, lengths, logps, peak, total, token_stats = _ops.combine(
+        values, lengths, logps, *of_tokens, token_stats = _ops.combine(
             partials,
             target,
             weights,
@@ -49,7 +49,7 @@ class Logprob(torch.autograd.Function):
             backend,
         )
         result = logps.clone() if reduction == "none" else values
-        ctx.save_for_backward(logits, labels, cu_seqlens, weights, lengths, logps, peak, total)
+        ctx.save_for_backward(logits, labels, cu_seqlens, weights, lengths, *of_tokens)
         ctx.reduction = reduction
         ctx.options = (shift, *scaling, backend)
         ctx.inplace_backward = inplace_backward
@@ -64,9 +64,9 @@ class Logprob(torch.autograd.Function):
                 "inplace_backward=True: an earlier backward pass wrote its gradient over the "
                 "logits, so there is nothing to differentiate again; pass inplace_backward=False"
             )
-        logits, labels, cu_seqlens, weights, lengths, logps, peak, total = ctx.saved_tensors
-        grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, logps)
-        inputs = (grad_logps, logits, labels, weights, logps, peak, total, *ctx.options)
+        logits, labels, cu_seqlens, weights, lengths, *of_tokens = ctx.saved_tensors
+        grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, weights)
+        inputs = (grad_logps, logits, labels, weights, *of_tokens, *ctx.options)
         if ctx.inplace_backward:
             _ops.grad_(*inputs)
             ctx.is_overwritten = True
@@ -75,7 +75,7 @@ class Logprob(torch.autograd.Function):
 
 
 def _spread(
-    grad_result: Tensor, reduction: str, lengths: Tensor, cu_seqlens: Tensor | None, logps: Tensor
+    grad_result: Tensor, reduction: str, lengths: Tensor, cu_seqlens: Tensor | None, weights: Tensor
 ) -> Tensor:
     """Upstream gradient of each token, (B, T), up to its weight. No host synchronisation."""
     if reduction == "none":
@@ -83,6 +83,6 @@ def _spread(
     # An empty sequence gives 0 / 0 here, and has no token that would read it.
     grad_values = grad_result / lengths if reduction == "mean" else grad_result
     if cu_seqlens is None:
-        return grad_values[:, None].expand_as(logps)
-    spread = torch.repeat_interleave(grad_values, cu_seqlens.diff(), output_size=logps.numel())
-    return spread.view_as(logps)
+        return grad_values[:, None].expand_as(weights)
+    spread = torch.repeat_interleave(grad_values, cu_seqlens.diff(), output_size=weights.numel())
+    return spread.view_as(weights)

@@ -16,7 +16,7 @@ class Backend(NamedTuple):
     """Three stage functions with the arguments and results of the operators in `_ops`."""
 
     partials: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    combine: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+    combine: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     grad: Callable[..., Tensor]
     num_splits: Callable[[int], int]  # vocabulary size -> entries of the partials for each token
 

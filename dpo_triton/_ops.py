@@ -23,11 +23,11 @@ _PARTIALS = (
 _COMBINE = (
     "(Tensor partials, Tensor target, Tensor weights, Tensor? cu_seqlens, str reduction, "
     f"SymInt vocab_size, {_SCALING}, str[] stats, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _GRAD_INPUTS = (
-    "Tensor labels, Tensor weights, Tensor logps, Tensor peak, Tensor total, bool shift, "
-    f"{_SCALING}, str backend"
+    "Tensor labels, Tensor weights, Tensor complement, Tensor log2_total, Tensor rounding, "
+    f"bool shift, {_SCALING}, str backend"
 )
 _GRAD = f"(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor"
 _GRAD_ = f"(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()"
@@ -74,8 +74,9 @@ def _(
 @torch.library.custom_op("dpo_triton::combine", mutates_args=(), schema=_COMBINE)
 def combine(
     partials: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values (S,), lengths (S,), logps (B, T), peak and total (B * T,), stats (E, B, T)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values and lengths (S,), logps (B, T), complement, log2_total and rounding (B * T,), stats
+    (E, B, T)."""
     *stage_inputs, backend = inputs
     stages = resolve_backend(backend, partials.device, partials.dtype)
     return stages.combine(partials, *stage_inputs)
@@ -94,7 +95,7 @@ def _(
     softcap: float | None,
     stats: Sequence[str],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if reduction == "none":
         num_sequences = 0
     else:
@@ -103,6 +104,7 @@ def _(
         weights.new_empty(num_sequences),
         weights.new_empty(num_sequences),
         torch.empty_like(weights),
+        torch.empty_like(target),
         torch.empty_like(target),
         torch.empty_like(target),
         weights.new_empty((len(stats), *weights.shape)),

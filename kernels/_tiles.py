@@ -44,10 +44,62 @@ def cap(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         return x
 
 
+# A tile of columns has the shape (R, THREADS, VEC): VEC neighbours a thread, R times. What a column
+# is compared with is first made relative to the thread, so that each thread compares one number
+# with constants: its own columns as numbers would be 32 registers that live through the loop.
 @triton.jit
-def exponent_error(peak, exponent_scale):
-    # Tiles subtract the rounded product of peak and scale: by how much it exceeds the exact one.
-    return -tl.fma(peak, exponent_scale, -(peak * exponent_scale))
+def columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    thread = tl.arange(0, THREADS)[None, :, None]
+    return own_columns(R, THREADS, VEC) + thread * VEC
+
+
+@triton.jit
+def own_columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (R, 1, VEC): columns(...) less the first column of the thread.
+    r = tl.arange(0, R)[:, None, None]
+    return r * (THREADS * VEC) + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def from_own(column, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (1, THREADS, 1): a column of the tile less the first column of each thread.
+    return column.to(tl.int32) - tl.arange(0, THREADS)[None, :, None] * VEC
+
+
+# The first `size` columns of a tile. Where they are whole groups of VEC neighbours, the mask says
+# so and accesses stay 16 bytes wide; a mask that may end anywhere makes them single.
+@triton.jit
+def load_tail(ptr, size, other, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    v = columns(R, THREADS, VEC)
+    if size % VEC == 0:
+        whole = tl.arange(0, R)[:, None, None] * (THREADS * VEC) < from_own(size, THREADS, VEC)
+        x = tl.load(ptr + v, mask=whole, other=other)
+    else:
+        inside = own_columns(R, THREADS, VEC) < from_own(size, THREADS, VEC)
+        x = tl.load(ptr + v, mask=inside, other=other)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_tail(ptr, x, size, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    v = columns(R, THREADS, VEC)
+    if size % VEC == 0:
+        whole = tl.arange(0, R)[:, None, None] * (THREADS * VEC) < from_own(size, THREADS, VEC)
+        tl.store(ptr + v, x, mask=whole)
+    else:
+        inside = own_columns(R, THREADS, VEC) < from_own(size, THREADS, VEC)
+        tl.store(ptr + v, x, mask=inside)
+
+
+@triton.jit
+def own_sum(x):
+    # (R, THREADS, VEC) -> (THREADS,): of what a thread has itself.
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def own_max(x):
+    return tl.max(tl.max(x, 2), 0)
 
 
 @triton.jit
@@ -55,22 +107,6 @@ def log1p(x):
     # log(1 + x) for 0 <= x <= 1 in float64: dividing by (1 + x) - 1 undoes the rounding of 1 + x.
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
-
-
-@triton.jit
-def softplus(x):
-    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def one_minus_exp(x):
-    # -expm1(x) for x <= 0 in float64, by the same trick: (1 - y) times x / log(y), y the rounded
-    # exp(x).
-    y = tl.exp(x)
-    rounds_to_one = y == 1.0
-    vanishes = y == 0.0
-    safe = tl.where(rounds_to_one | vanishes, 0.5, y)
-    return tl.where(rounds_to_one, -x, tl.where(vanishes, 1.0, (1.0 - safe) * (x / tl.log(safe))))
 
 
 @triton.jit
@@ -87,9 +123,32 @@ def starts_a_sequence(cu_seqlens_ptr, num_sequences, token):
     return tl.load(cu_seqlens_ptr + low).to(tl.int64) == token
 
 
+def slope(temperature: float, logit_scale: float, softcap: float | None) -> float:
+    """Slope of z in u."""
+    return (1.0 if softcap is not None else logit_scale) / temperature
+
+
 def exponent_scale(temperature: float, logit_scale: float, softcap: float | None) -> float:
-    """Slope of z in u, over ln 2: temperature, scale and the base of exp2 in one multiplication."""
-    return (1.0 if softcap is not None else logit_scale) / temperature / math.log(2.0)
+    """Slope of z / ln 2 in u: temperature, scale and the base of exp2 in one multiplication."""
+    return slope(temperature, logit_scale, softcap) / math.log(2.0)
+
+
+def vector_width(*tensors: Tensor) -> int:
+    """Neighbouring elements of one access: 16 bytes of them if Triton can know that every row
+    starts at such a boundary (its address and strides are multiples of 16), else 1."""
+    aligned = all(
+        tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+    return 16 // tensors[0].element_size() if aligned else 1
+
+
+def warp_size() -> int:
+    """Threads of a warp: 32, or 64 of an AMD wavefront. Without a GPU (in the interpreter) 32."""
+    try:
+        return int(triton.runtime.driver.active.get_current_target().warp_size)
+    except RuntimeError:  # "0 active drivers"
+        return 32
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

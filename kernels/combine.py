@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import LN2, LOWEST, exponent_scale, on_device, softplus
+from ._tiles import LN2, LOWEST, exponent_scale, log1p, on_device, warp_size
 
 
 # One program per sequence walks its tokens in blocks, and each token's splits in order.
@@ -28,8 +28,9 @@ def _combine_kernel(
     values_ptr,  # (S,) float32, out
     lengths_ptr,  # (S,) float32, out: sum of weights
     logps_ptr,  # (N,) float32, out
-    peak_ptr,  # (N,) float32, out: largest u of the row, its target included
-    total_ptr,  # (N,) float32, out: sum over all j of 2 ** (scale * (u - peak))
+    complement_ptr,  # (N,) float32, out: 1 - exp(logp), the share of everybody but the target
+    log2_total_ptr,  # (N,) float32, out: log2 of the sum over all j of exp(z), rounded
+    rounding_ptr,  # (N,) float32, out: 2 ** (rounded - exact)
     stats_ptr,  # (E, N) float32, out
     num_tokens,
     seq_len,
@@ -101,8 +102,12 @@ def _combine_kernel(
         log_odds = (gap * scale + tl.log2(others)) * LN2
         # A target of +inf or NaN would look certain: inf < inf and nan < inf are both false.
         log_odds = tl.where(target < float("inf"), log_odds, float("nan"))
-        logp = tl.where(scored, -softplus(log_odds), 0.0)
+        # logp = -softplus(log_odds), and 1 - exp(logp) = sigmoid(log_odds): each exact at its end.
+        e = tl.exp(-tl.abs(log_odds))
+        logp = tl.where(scored, -(tl.maximum(log_odds, 0.0) + log1p(e)), 0.0)
+        complement = tl.where(log_odds > 0.0, 1.0, e) / (1.0 + e)
         tl.store(logps_ptr + n, logp.to(tl.float32), mask=inside)
+        tl.store(complement_ptr + n, complement.to(tl.float32), mask=scored)
         weighted_logps += tl.where(scored, logp * weight, 0.0)
         weight_sum += weight
         num_scored += scored.to(tl.int32)
@@ -114,8 +119,13 @@ def _combine_kernel(
         target_offset = (target.to(tl.float64) - row_peak) * scale
         e_y = tl.exp2(target_offset)
         total = others * shrink + e_y
-        tl.store(peak_ptr + n, row_peak, mask=scored)
-        tl.store(total_ptr + n, total.to(tl.float32), mask=scored)
+        log2_total = row_peak.to(tl.float64) * scale + tl.log2(total)
+        # Nothing but numbers below LOWEST: everybody but the target has a share of 0.
+        nothing = total == 0.0
+        rounded = tl.where(nothing, 0.0, log2_total).to(tl.float32)
+        rounding = tl.where(nothing, 0.0, tl.exp2(rounded.to(tl.float64) - log2_total))
+        tl.store(log2_total_ptr + n, rounded, mask=scored)
+        tl.store(rounding_ptr + n, rounding.to(tl.float32), mask=scored)
 
         stat_ptr = stats_ptr + n
         if ENTROPY:  # log total - sum of p * (z - peak)
@@ -129,7 +139,9 @@ def _combine_kernel(
             tl.store(stat_ptr, mean_logit.to(tl.float32), mask=inside)
             stat_ptr += num_tokens
         if TOP1:
-            tl.store(stat_ptr, tl.where(scored, 1.0 - rivals, 0.0), mask=inside)
+            # The first maximum wins a tie, as in torch.argmax.
+            loses = (rivals > 0.0) | ((peak > target) & (peak > LOWEST))
+            tl.store(stat_ptr, tl.where(scored & ~loses, 1.0, 0.0), mask=inside)
             stat_ptr += num_tokens
         if LOG_SUM_SQ_PROBS:
             square_sum = square_sum * shrink * shrink + e_y * e_y
@@ -156,9 +168,9 @@ def combine(
     logit_scale: float,
     softcap: float | None,
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return float32 values (S,), lengths (S,), logps (B, T), peak and total (B * T,), stats (E, B,
-    T).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return float32 values and lengths (S,), logps (B, T), what `grad` takes of each token
+    (complement, log2_total and rounding, (B * T,) each), and stats (E, B, T).
 
     With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
     0.
@@ -173,8 +185,7 @@ def combine(
     values = weights.new_empty(num_sequences)
     lengths = weights.new_empty(num_sequences)
     logps = torch.empty_like(weights)
-    peak = torch.empty_like(target)
-    total = torch.empty_like(target)
+    complement, log2_total, rounding = (torch.empty_like(target) for _ in range(3))
     token_stats = weights.new_empty((len(stats), *weights.shape))
     if num_programs > 0:
         with on_device(weights):
@@ -188,8 +199,9 @@ def combine(
                 values,
                 lengths,
                 logps,
-                peak,
-                total,
+                complement,
+                log2_total,
+                rounding,
                 token_stats,
                 num_tokens,
                 seq_len,
@@ -203,9 +215,9 @@ def combine(
                 TOP1="top1" in stats,
                 LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
                 BLOCK_T=BLOCK_T,
-                num_warps=4,
+                num_warps=BLOCK_T // warp_size(),
             )
-    return values, lengths, logps, peak, total, token_stats
+    return values, lengths, logps, complement, log2_total, rounding, token_stats
 
 
 # Tokens a program handles at a time. A constant, like SPLIT_V: it fixes the order of the sums.

@@ -1,7 +1,7 @@
 """Third stage: the gradient of the logits, one read and one write of each logit that is scored.
 
-    d logp / d z[n, y] = 1 - exp(logp)
-    d logp / d z[n, j] = -exp(z[n, j]) / sum of exp(z[n])    (j != y)
+    d logp / d z[n, y] = 1 - p[n, y]        d logp / d z[n, j] = -p[n, j]    (j != y)
+    p[n, j] = rounding[n] * 2 ** (z[n, j] / ln 2 - log2_total[n])
 
 times the token's coefficient and the slope of z in x. A row that is not scored is not read: it gets
 zeros.
@@ -12,46 +12,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import LN2, cap, exponent_error, exponent_scale, on_device, one_minus_exp
+from ._tiles import (
+    SPLIT_V,
+    cap,
+    columns,
+    exponent_scale,
+    from_own,
+    load_tail,
+    on_device,
+    own_columns,
+    slope,
+    store_tail,
+    vector_width,
+    warp_size,
+)
 
 
 @triton.jit
 def _logits_grad(
-    x,  # (BLOCK_V,) float32 logits
-    start,
-    y,
-    logp_ptr,
-    coefficient,
-    probability_scale,
-    peak,
+    x,  # (R, THREADS, VEC) float32 logits
+    scaled_rounding,
+    log2_total,
     exponent_scale,
     logit_scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
 ):
+    # (gradient of a token that is not the target, du / dx)
     u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
-    exponent = tl.fma(u, exponent_scale, -(peak * exponent_scale))
-    d = tl.exp2(exponent) * probability_scale
-    if (y >= start) & (y < start + BLOCK_V):
-        others = one_minus_exp(tl.load(logp_ptr).to(tl.float64)).to(tl.float32)
-        d = tl.where(start + tl.arange(0, BLOCK_V) == y, coefficient * others, d)
-    if HAS_SOFTCAP:  # du / dx = logit_scale * (1 - tanh ** 2)
+    d = tl.exp2(tl.fma(u, exponent_scale, -log2_total)) * scaled_rounding
+    chain = 1.0
+    if HAS_SOFTCAP:
         t = u / softcap
-        d *= logit_scale * (1.0 - t * t)
-    return d
+        chain = logit_scale * (1.0 - t * t)
+        d *= chain
+    return d, chain
 
 
-# One program per logits row and tile. Row n holds the scores of token n + SHIFT.
-@triton.jit(do_not_specialize=["num_tokens", "seq_len", "vocab_size", "num_tiles"])
+# One program per logits row and split. Row n holds the scores of token n + SHIFT.
+@triton.jit(do_not_specialize=["num_tokens", "seq_len", "vocab_size", "num_splits"])
 def _grad_kernel(
     logits_ptr,  # (B, T, V), V contiguous
     labels_ptr,  # (B * T,) int32 or int64
     weights_ptr,  # (B * T,) float32, 0 where not scored
     grad_logps_ptr,  # (B, T) float32, any strides
-    logps_ptr,  # (B * T,) float32
-    peak_ptr,  # (B * T,) float32
-    total_ptr,  # (B * T,) float32
+    complement_ptr,  # (B * T,) float32
+    log2_total_ptr,  # (B * T,) float32
+    rounding_ptr,  # (B * T,) float32
     grad_logits_ptr,  # (B, T, V), V contiguous, out; may be logits itself
     stride_logits_b,
     stride_logits_t,
@@ -62,57 +69,67 @@ def _grad_kernel(
     num_tokens,
     seq_len,
     vocab_size,
-    num_tiles,
+    num_splits,
     exponent_scale,
+    slope,  # of z in u
     logit_scale,
     softcap,
     SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SPLIT_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    start = tl.program_id(0) % num_tiles * BLOCK_V
-    row = (tl.program_id(0) // num_tiles).to(tl.int64)
+    dtype = grad_logits_ptr.dtype.element_ty
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
     n = row + SHIFT  # past a sequence's end it is the next one's first token, which has no weight
     b = row // seq_len
     t = row % seq_len
     row_ptr = logits_ptr + b * stride_logits_b + t * stride_logits_t
     out_ptr = grad_logits_ptr + b * stride_grad_logits_b + t * stride_grad_logits_t
-    v = start + tl.arange(0, BLOCK_V)
+    R: tl.constexpr = BLOCK_V // (THREADS * VEC)
+    first = tl.program_id(0) % num_splits * SPLIT_V
+    bound = tl.minimum(first + SPLIT_V, vocab_size)
     # Full tiles load and store without a mask: a column bound would break their 16-byte accesses.
-    is_full = start + BLOCK_V <= vocab_size
+    tail = first + (bound - first) // BLOCK_V * BLOCK_V
 
     weight = tl.load(weights_ptr + n, mask=n < num_tokens, other=0.0)
     if weight != 0.0:
         y = tl.load(labels_ptr + n).to(tl.int64)
         upstream_ptr = grad_logps_ptr + n // seq_len * stride_grad_logps_b
-        coefficient = (
-            tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32) * weight
-        )
+        upstream = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32)
+        coefficient = upstream * weight * tl.cast(slope, tl.float32)
+        target_grad = coefficient * tl.load(complement_ptr + n)
+        scaled_rounding = -coefficient * tl.load(rounding_ptr + n)
+        log2_total = tl.load(log2_total_ptr + n)
         exponent_scale = tl.cast(exponent_scale, tl.float32)
-        coefficient *= exponent_scale * LN2  # the slope of z in u
-        peak = tl.load(peak_ptr + n)
-        correction = tl.exp2(exponent_error(peak, exponent_scale))
-        probability_scale = -coefficient * correction / tl.load(total_ptr + n)
-        if is_full:
-            x = tl.load(row_ptr + v).to(tl.float32)
-            d = _logits_grad(
-                x, start, y, logps_ptr + n, coefficient, probability_scale, peak,
-                exponent_scale, logit_scale, softcap, HAS_SOFTCAP, BLOCK_V,
-            )  # fmt: skip
-            tl.store(out_ptr + v, d.to(grad_logits_ptr.dtype.element_ty))
-        else:
-            x = tl.load(row_ptr + v, mask=v < vocab_size, other=0.0).to(tl.float32)
-            d = _logits_grad(
-                x, start, y, logps_ptr + n, coefficient, probability_scale, peak,
-                exponent_scale, logit_scale, softcap, HAS_SOFTCAP, BLOCK_V,
-            )  # fmt: skip
-            tl.store(out_ptr + v, d.to(grad_logits_ptr.dtype.element_ty), mask=v < vocab_size)
+        own = own_columns(R, THREADS, VEC)
+        for start in range(first, tail, BLOCK_V):
+            x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
+            d, chain = _logits_grad(
+                x, scaled_rounding, log2_total, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
+            )
+            d_ptr = out_ptr + start + columns(R, THREADS, VEC)
+            if (y >= start) & (y < start + BLOCK_V):
+                is_target = own == from_own(y - start, THREADS, VEC)
+                tl.store(d_ptr, tl.where(is_target, target_grad * chain, d).to(dtype))
+            else:
+                tl.store(d_ptr, d.to(dtype))
+        if tail < bound:
+            x = load_tail(row_ptr + tail, bound - tail, 0.0, R, THREADS, VEC)
+            d, chain = _logits_grad(
+                x, scaled_rounding, log2_total, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
+            )
+            is_target = own == from_own(y - tail, THREADS, VEC)
+            d = tl.where(is_target, target_grad * chain, d)
+            store_tail(out_ptr + tail, d.to(dtype), bound - tail, R, THREADS, VEC)
     else:
-        zeros = tl.zeros([BLOCK_V], grad_logits_ptr.dtype.element_ty)
-        if is_full:
-            tl.store(out_ptr + v, zeros)
-        else:
-            tl.store(out_ptr + v, zeros, mask=v < vocab_size)
+        zeros = tl.zeros([R, THREADS, VEC], dtype)
+        for start in range(first, tail, BLOCK_V):
+            tl.store(out_ptr + start + columns(R, THREADS, VEC), zeros)
+        if tail < bound:
+            store_tail(out_ptr + tail, zeros, bound - tail, R, THREADS, VEC)
 
 
 def grad(
@@ -120,9 +137,9 @@ def grad(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor,
-    logps: Tensor,
-    peak: Tensor,
-    total: Tensor,
+    complement: Tensor,
+    log2_total: Tensor,
+    rounding: Tensor,
     shift: bool,
     temperature: float,
     logit_scale: float,
@@ -137,19 +154,18 @@ def grad(
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     batch, seq_len, vocab_size = logits.shape
-    config = launch_config()
-    num_tiles = triton.cdiv(vocab_size, config["BLOCK_V"])
+    splits = triton.cdiv(vocab_size, SPLIT_V)
     if out.numel() == 0:
         return out
     with on_device(logits):
-        _grad_kernel[(batch * seq_len * num_tiles,)](
+        _grad_kernel[(batch * seq_len * splits,)](
             logits,
             labels.contiguous(),
             weights,
             grad_logps,
-            logps,
-            peak,
-            total,
+            complement,
+            log2_total,
+            rounding,
             out,
             *logits.stride()[:2],
             *grad_logps.stride(),
@@ -157,17 +173,24 @@ def grad(
             batch * seq_len,
             seq_len,
             vocab_size,
-            num_tiles,
+            splits,
             exponent_scale(temperature, logit_scale, softcap),
+            slope(temperature, logit_scale, softcap),
             logit_scale,
             softcap or 0.0,
             SHIFT=shift,
             HAS_SOFTCAP=softcap is not None,
-            **config,
+            SPLIT_V=SPLIT_V,
+            **launch_config(logits, out, softcap is not None),
         )
     return out
 
 
-def launch_config() -> dict[str, int]:
-    """Tile width and warps: 16 logits a thread, loads and stores of 16 bytes, nothing spilled."""
-    return dict(BLOCK_V=4096, num_warps=8)
+def launch_config(logits: Tensor, out: Tensor, has_softcap: bool) -> dict[str, int]:
+    """Columns of a tile, threads, neighbouring logits of an access, and warps.
+
+    As in partials, but 16 logits a thread at a time, or 8 with a softcap: both a logit and its
+    gradient take registers.
+    """
+    block, vec = 512 if has_softcap else 1024, vector_width(logits, out)
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size())

@@ -20,61 +20,94 @@ from ._tiles import (
     LOWEST,
     SPLIT_V,
     cap,
-    exponent_error,
+    columns,
     exponent_scale,
+    from_own,
+    load_tail,
     on_device,
+    own_columns,
+    own_max,
+    own_sum,
     starts_a_sequence,
+    vector_width,
+    warp_size,
 )
 
 
 @triton.jit
 def _fold(
-    x,  # (BLOCK_V,) float32 logits of the columns from start, -inf from bound on
+    x,  # (R, THREADS, VEC) float32 logits of the columns from start, -inf from bound on
     start,
     bound,
     y,
     u_y,  # the target's u
-    peak,
+    peak,  # (THREADS,) each, like all sums
     total,
     weighted,
-    logit_sum,
     rivals,
     square_sum,
     exponent_scale,
     logit_scale,
     softcap,
     IS_TAIL: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    MEAN_LOGIT: tl.constexpr,
     TOP1: tl.constexpr,
     LOG_SUM_SQ_PROBS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
 ):
-    # One tile into the running sums. The maximum is the tile's, not each lane's: one exp2 a logit.
-    v = start + tl.arange(0, BLOCK_V)
+    # One tile into the running sums of each thread: no thread waits for another, and with the
+    # maximum of a thread's logits, not of each one, there is one exp2 a logit and one a tile.
+    R: tl.constexpr = x.shape[0]
+    THREADS: tl.constexpr = x.shape[1]
+    VEC: tl.constexpr = x.shape[2]
+    own = own_columns(R, THREADS, VEC)
     u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
-    if IS_TAIL and HAS_SOFTCAP:
-        u = tl.where(v < bound, u, -float("inf"))  # the cap of -inf is finite
-    if MEAN_LOGIT:
-        logit_sum += tl.sum(tl.where(v < bound, u, 0.0)) if IS_TAIL else tl.sum(u)
-    if TOP1:  # the first maximum wins a tie, as in torch.argmax
-        rivals = tl.maximum(rivals, tl.max(((u > u_y) | ((u == u_y) & (v < y))).to(tl.float32)))
-    if (y >= start) & (y < start + BLOCK_V):
-        u = tl.where(v == y, -float("inf"), u)
-    new_peak = tl.maximum(peak, tl.max(u))
+    if IS_TAIL and HAS_SOFTCAP:  # the cap of -inf is finite
+        u = tl.where(own < from_own(bound - start, THREADS, VEC), u, -float("inf"))
+    if HAS_TARGET:
+        y_own = from_own(y - start, THREADS, VEC)
+        u = tl.where(own == y_own, -float("inf"), u)
+    tile_peak = own_max(u)
+    if TOP1 and not HAS_TARGET:
+        rivals = tl.where((tile_peak >= u_y) & (start < y), 1.0, rivals)
+    new_peak = tl.maximum(peak, tile_peak)
     drop = peak * exponent_scale - new_peak * exponent_scale
     shrink = tl.exp2(drop)
     # Rounded once, so exact near the peak, where it matters.
-    exponent = tl.fma(u, exponent_scale, -(new_peak * exponent_scale))
+    exponent = tl.fma(u, exponent_scale, -(new_peak * exponent_scale)[None, :, None])
     e = tl.exp2(exponent)
     if ENTROPY:  # a banned token's exponent is -inf, and its share 0
-        products = tl.where(e > 0.0, e * exponent, 0.0)
-        weighted = (weighted + drop * total) * shrink + tl.sum(products)
+        products = e * tl.where(e > 0.0, exponent, 0.0)
+        weighted = (weighted + drop * total) * shrink + own_sum(products)
     if LOG_SUM_SQ_PROBS:
-        square_sum = square_sum * shrink * shrink + tl.sum(e * e)
-    total = total * shrink + tl.sum(e)
-    return new_peak, total, weighted, logit_sum, rivals, square_sum
+        square_sum = square_sum * shrink * shrink + own_sum(e * e)
+    total = total * shrink + own_sum(e)
+    return new_peak, total, weighted, rivals, square_sum
+
+
+# Per thread, the largest u of the columns from start up to end, and their sum. In narrow tiles, so
+# that what is done to a part of a tile, and seldom, takes no registers from the loop.
+@triton.jit
+def _max_and_sum(
+    row_ptr,
+    start,
+    end,
+    logit_scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    largest = tl.full([THREADS], -float("inf"), tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    for first in range(start, end, THREADS * VEC):
+        x = load_tail(row_ptr + first, end - first, 0.0, 1, THREADS, VEC)
+        u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
+        total += own_sum(u)
+        inside = own_columns(1, THREADS, VEC) < from_own(end - first, THREADS, VEC)
+        largest = tl.maximum(largest, own_max(tl.where(inside, u, -float("inf"))))
+    return largest, total
 
 
 # One program per token n and split k: token n is scored by logits row n - SHIFT, and split k has
@@ -114,6 +147,8 @@ def _partials_kernel(
     LOG_SUM_SQ_PROBS: tl.constexpr,
     SPLIT_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     split = tl.program_id(0) % num_splits
     n = (tl.program_id(0) // num_splits).to(tl.int64)  # B * T * V passes 2**31
@@ -141,50 +176,81 @@ def _partials_kernel(
         if split == 0:
             tl.store(target_ptr + n, u_y)
 
-        peak = LOWEST
-        total = 0.0
-        weighted = 0.0  # sum of 2 ** exponent * exponent, for the entropy
-        logit_sum = 0.0  # sum of u, target included
-        rivals = 0.0  # 1 where another token beats the target
-        square_sum = 0.0  # sum of 4 ** exponent
+        R: tl.constexpr = BLOCK_V // (THREADS * VEC)
+        peak = tl.full([THREADS], LOWEST, tl.float32)
+        total = tl.zeros([THREADS], tl.float32)
+        weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
+        logit_sum = tl.zeros([THREADS], tl.float32)  # sum of u, target included
+        rivals = tl.zeros([THREADS], tl.float32)  # 1: an earlier token has no smaller logit
+        square_sum = tl.zeros([THREADS], tl.float32)  # sum of 4 ** exponent
         first = split * SPLIT_V
         bound = tl.minimum(first + SPLIT_V, vocab_size)
         # Full tiles load without a mask: a column bound would break their 16-byte loads.
         tail = first + (bound - first) // BLOCK_V * BLOCK_V
         for start in range(first, tail, BLOCK_V):
-            x = tl.load(row_ptr + start + tl.arange(0, BLOCK_V)).to(tl.float32)
-            peak, total, weighted, logit_sum, rivals, square_sum = _fold(
-                x, start, bound, y, u_y, peak, total, weighted, logit_sum, rivals, square_sum,
-                exponent_scale, logit_scale, softcap, False,
-                HAS_SOFTCAP, ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS, BLOCK_V,
-            )  # fmt: skip
+            x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
+            if MEAN_LOGIT:
+                logit_sum += own_sum(cap(x, logit_scale, softcap, HAS_SOFTCAP))
+            # Two whole branches: one that only changed u would copy the tile in every iteration.
+            if (y >= start) & (y < start + BLOCK_V):
+                if TOP1:
+                    earlier, _ = _max_and_sum(
+                        row_ptr, start, y, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
+                    )
+                    rivals = tl.where(earlier >= u_y, 1.0, rivals)
+                peak, total, weighted, rivals, square_sum = _fold(
+                    x, start, bound, y, u_y, peak, total, weighted, rivals, square_sum,
+                    exponent_scale, logit_scale, softcap, False, True,
+                    HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
+                )  # fmt: skip
+            else:
+                peak, total, weighted, rivals, square_sum = _fold(
+                    x, start, bound, y, u_y, peak, total, weighted, rivals, square_sum,
+                    exponent_scale, logit_scale, softcap, False, False,
+                    HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
+                )  # fmt: skip
         if tail < bound:
-            v = tail + tl.arange(0, BLOCK_V)
-            x = tl.load(row_ptr + v, mask=v < bound, other=-float("inf")).to(tl.float32)
-            peak, total, weighted, logit_sum, rivals, square_sum = _fold(
-                x, tail, bound, y, u_y, peak, total, weighted, logit_sum, rivals, square_sum,
-                exponent_scale, logit_scale, softcap, True,
-                HAS_SOFTCAP, ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS, BLOCK_V,
+            x = load_tail(row_ptr + tail, bound - tail, -float("inf"), R, THREADS, VEC)
+            peak, total, weighted, rivals, square_sum = _fold(
+                x, tail, bound, y, u_y, peak, total, weighted, rivals, square_sum,
+                exponent_scale, logit_scale, softcap, True, True,
+                HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
             )  # fmt: skip
 
-        error = exponent_error(peak, exponent_scale)
-        correction = tl.exp2(error)
+            if TOP1:
+                end = tl.minimum(y, bound)
+                earlier, _ = _max_and_sum(
+                    row_ptr, tail, end, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
+                )
+                rivals = tl.where(earlier >= u_y, 1.0, rivals)
+            if MEAN_LOGIT:
+                _, tail_sum = _max_and_sum(
+                    row_ptr, tail, bound, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
+                )
+                logit_sum += tail_sum
+
+        # All threads' sums, relative to the split's peak. Theirs are relative to rounded products,
+        # and the rounded product of the split's peak and the scale exceeds the exact one by error.
+        split_peak = tl.max(peak)
+        error = -tl.fma(split_peak, exponent_scale, -(split_peak * exponent_scale))
+        drop = peak * exponent_scale - split_peak * exponent_scale + error
+        shrink = tl.exp2(drop)
         out_ptr = partials_ptr + split * num_tokens + n
         channel = (tl.num_programs(0)).to(tl.int64)  # K * B * T: from one channel to the next
-        tl.store(out_ptr, peak)
-        tl.store(out_ptr + channel, total * correction)
+        tl.store(out_ptr, split_peak)
+        tl.store(out_ptr + channel, tl.sum(total * shrink))
         out_ptr += 2 * channel
         if ENTROPY:
-            tl.store(out_ptr, (weighted + error * total) * correction)
+            tl.store(out_ptr, tl.sum((weighted + drop * total) * shrink))
             out_ptr += channel
         if MEAN_LOGIT:
-            tl.store(out_ptr, logit_sum)
+            tl.store(out_ptr, tl.sum(logit_sum))
             out_ptr += channel
         if TOP1:
-            tl.store(out_ptr, rivals)
+            tl.store(out_ptr, tl.max(rivals))
             out_ptr += channel
         if LOG_SUM_SQ_PROBS:
-            tl.store(out_ptr, square_sum * correction * correction)
+            tl.store(out_ptr, tl.sum(square_sum * shrink * shrink))
 
 
 def num_splits(vocab_size: int) -> int:
@@ -246,11 +312,19 @@ def partials(
             TOP1="top1" in stats,
             LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
             SPLIT_V=SPLIT_V,
-            **launch_config(),
+            **launch_config(logits, has_softcap=softcap is not None),
         )
     return partials, target, weights
 
 
-def launch_config() -> dict[str, int]:
-    """Tile width and warps: 32 logits a thread, loads of 16 bytes, nothing spilled."""
-    return dict(BLOCK_V=4096, num_warps=4)
+def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
+    """Columns of a tile, threads, neighbouring logits of a load, and warps.
+
+    Few threads, so that the work around the loop is shared by the 256 logits that each of them gets
+    of a split. They take 32 of them at a time; 16 where a logit takes more registers (float32,
+    single loads), 8 with a softcap's tanh: so many that half of a multiprocessor's warps fit. The
+    stats have no say, since they must not change a value.
+    """
+    vec = vector_width(logits)
+    block = 512 if has_softcap else 2048 if vec == 8 else 1024
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size())

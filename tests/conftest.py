@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when @triton.jit runs: before dpo_triton.kernels
+if not torch.cuda.is_available():  # read when @triton.jit runs: before dpo_triton.kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:
     import triton  # noqa: F401
@@ -15,7 +16,7 @@ except ModuleNotFoundError:
 else:
     HAS_TRITON = True
 
-if HAS_TRITON and not torch.cuda.is_available():
+if HAS_TRITON and IS_INTERPRETED:
     import numpy as np
     from triton.runtime import interpreter
 

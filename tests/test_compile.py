@@ -113,8 +113,8 @@ def test_opcheck(packed, backend, device):
     for reduction in ("mean", "none"):
         combine_inputs = (*partials, cu_seqlens, reduction, 130, *options)
         torch.library.opcheck(_ops.combine, combine_inputs)
-    _, _, logps, peak, total, _ = _ops.combine(*combine_inputs)
+    _, _, logps, *of_tokens, _ = _ops.combine(*combine_inputs)
     grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
-    inputs = (labels, partials[2], logps, peak, total, False, 1.5, 1.0, None, backend)
+    inputs = (labels, partials[2], *of_tokens, False, 1.5, 1.0, None, backend)
     torch.library.opcheck(_ops.grad, (grad_logps, logits, *inputs))
     torch.library.opcheck(_ops.grad_, (grad_logps, logits.clone(), *inputs))

@@ -120,18 +120,18 @@ class Workspace:
         """The first rows with all padding."""
         return self.padded[: max(num_rows, self.min_rows)]
 
-    def to_exponents(self, num_rows: int, peaks: Tensor, scale: float) -> None:
-        """u to scale * u - scale * peak, rounded once; peaks (>= R, 1) are `pad_peaks`'."""
+    def to_exponents(self, num_rows: int, offsets: Tensor, scale: float) -> None:
+        """u to scale * u + offset, rounded once; offsets (>= R, 1) are `pad`'s."""
         block = self.block(num_rows)
-        torch.add(peaks[: len(block)], block, alpha=scale, out=block)
+        torch.add(offsets[: len(block)], block, alpha=scale, out=block)
 
     def exp2_(self, num_rows: int) -> None:
         """Exponents to exponentials."""
         self.block(num_rows).exp2_()
 
-    def pad_peaks(self, peak: Tensor, scale: float) -> Tensor:
-        """-scale * peak, (M, 1), with as many more as the padding of the last block takes."""
-        return torch.cat([peak * -scale, peak.new_zeros(self.min_rows, 1)])
+    def pad(self, offsets: Tensor) -> Tensor:
+        """(M, 1), with as many more as the padding of the last block takes."""
+        return torch.cat([offsets, offsets.new_zeros(self.min_rows, 1)])
 
 
 class _Kept(threading.local):

@@ -5,10 +5,8 @@ import torch
 from torch import Tensor
 
 from ._rows import (
-    LN2,
     Workspace,
     blocks,
-    exponent_error,
     exponent_scale,
     row_grid,
     row_numbers,
@@ -22,9 +20,9 @@ def grad(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor,
-    logps: Tensor,
-    peak: Tensor,
-    total: Tensor,
+    complement: Tensor,
+    log2_total: Tensor,
+    rounding: Tensor,
     shift: bool,
     temperature: float,
     logit_scale: float,
@@ -43,10 +41,10 @@ def grad(
     def of_rows(x: Tensor) -> Tensor:  # (B, T) or (B * T,) to (M, 1)
         return x.reshape(-1).index_select(0, scored)[:, None]
 
-    coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * (scale * LN2)
-    target_grad = -coefficient * torch.expm1(of_rows(logps))
-    error = exponent_error(of_rows(peak), scale)
-    probability_scale = (-coefficient * error.exp2() / of_rows(total)).to(dtype)
+    slope = (1.0 if softcap is not None else logit_scale) / temperature
+    coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * slope
+    target_grad = coefficient * of_rows(complement)
+    scaled_rounding = -coefficient * of_rows(rounding)
 
     grid = row_grid(logits)
     if out is None:
@@ -60,9 +58,9 @@ def grad(
                 view.zero_()
 
     workspace = Workspace(logits, len(rows), dtype)
-    slope = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
-    padded_peaks = workspace.pad_peaks(of_rows(peak), scale)
-    per_row = (of_rows(labels).long(), target_grad, probability_scale)
+    chain = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
+    offsets = workspace.pad(-of_rows(log2_total))
+    per_row = (of_rows(labels).long(), target_grad, scaled_rounding)
     per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
     lo = 0
     for runs, (y_here, target_here, scale_here) in zip(
@@ -71,13 +69,13 @@ def grad(
         num_rows = len(y_here)
         d = workspace.load(grid, runs, logit_scale, softcap)
         if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
-            torch.div(d, softcap, out=slope[:num_rows])
-            slope[:num_rows].square_().neg_().add_(1).mul_(logit_scale)
-        workspace.to_exponents(num_rows, padded_peaks[lo:], scale)
+            torch.div(d, softcap, out=chain[:num_rows])
+            chain[:num_rows].square_().neg_().add_(1).mul_(logit_scale)
+        workspace.to_exponents(num_rows, offsets[lo:], scale)
         workspace.exp2_(num_rows)
         d.mul_(scale_here).scatter_(1, y_here, target_here)
         if softcap is not None:
-            d.mul_(slope[:num_rows])
+            d.mul_(chain[:num_rows])
         places = views(out_grid, runs)
         for place, computed in zip(places, split_like(d, places), strict=True):
             place.copy_(computed)

@@ -75,19 +75,19 @@ def partials(
     for runs in blocks(rows, grid.shape[1], len(rows)):
         guesses = [view[:, :PEAK_COLUMNS].amax(1, keepdim=True) for view in views(grid, runs)]
         peak.copy_(cap_(torch.cat(guesses).to(dtype), logit_scale, softcap))
-    padded_peaks = workspace.pad_peaks(peak, scale)
+    offsets = workspace.pad(peak * -scale)
     # Views for each block are made here, all at once: in the loop they would cost a tenth of it.
     # Without a scored token there is no block, but split gives one empty view: hence no strict zip.
     per_block = zip(
         *(torch.split(x, workspace.max_rows) for x in (y, *channels[1:])),
-        [padded_peaks[lo:] for lo in range(0, max(1, len(rows)), workspace.max_rows)],
+        [offsets[lo:] for lo in range(0, max(1, len(rows)), workspace.max_rows)],
         strict=True,
     )
-    for runs, (y_here, *out, peaks_here) in zip(
+    for runs, (y_here, *out, offsets_here) in zip(
         blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
     ):
         workspace.load(grid, runs, logit_scale, softcap)
-        _fold(workspace, y_here, scale, peaks_here, out, spare, stats)
+        _fold(workspace, y_here, scale, offsets_here, out, spare, stats)
     is_poor = ~((total >= 1 / TRUSTED) & (total <= TRUSTED)).squeeze(1)
     for n in is_poor.nonzero().flatten().tolist():
         one = slice(n, n + 1)
@@ -95,7 +95,7 @@ def partials(
         others_peak = u.scatter(1, y[one], -math.inf).amax(1, keepdim=True)
         peak[one] = others_peak.clamp_(min=LOWEST)
         out = [x[one] for x in channels[1:]]
-        _fold(workspace, y[one], scale, workspace.pad_peaks(peak[one], scale), out, spare, stats)
+        _fold(workspace, y[one], scale, workspace.pad(peak[one] * -scale), out, spare, stats)
     _make_exact(channels, scale, stats)
 
     num_tokens = labels.numel()
@@ -109,7 +109,7 @@ def _fold(
     workspace: Workspace,  # holds u of R rows, overwritten
     y: Tensor,  # (R, 1)
     scale: float,
-    peaks: Tensor,  # of `Workspace.pad_peaks`
+    offsets: Tensor,  # -scale * peak, of `Workspace.pad`
     out: Sequence[Tensor],  # (R, 1) each: the total, and what each stat asks for
     spare: Tensor | None,  # (at least R, V) for the entropy, overwritten
     stats: Sequence[str],
@@ -123,7 +123,7 @@ def _fold(
         _row_sums(x, out=sums["mean_logit"])
     if "top1" in sums:  # 0 where the label is the first maximum
         torch.ne(x.argmax(1, keepdim=True), y, out=sums["top1"])
-    workspace.to_exponents(num_rows, peaks, scale)
+    workspace.to_exponents(num_rows, offsets, scale)
     x.scatter_(1, y, -math.inf)
     if spare is not None:
         products = torch.clamp(x, min=-1.0e4, out=spare[:num_rows])  # 0 * -inf is NaN

@@ -1,0 +1,1 @@
+"""Looking at GPU code on a machine without a GPU: compile it, read it, run it, model its time."""

@@ -1,0 +1,140 @@
+"""A stand-in for Triton's GPU driver: kernels compile for a GPU and run, emulated, on CPU tensors.
+
+    with emulate("sm_90") as lab:
+        fused_seq_logprob(logits, labels, backend="triton")   # CPU tensors
+    lab.launches        # what each launch executed
+
+`kernel[grid](...)` goes through Triton's own JIT: its specialisation, its compiler, its launch.
+Only the driver is replaced. TRITON_INTERPRET must not be set when the kernels are imported.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from . import machine, ptx
+from .machine import Counts, Schedule
+
+_device_ids = itertools.count(1000)  # the JIT keeps compiled kernels by device
+_drivers: dict[str, "EmulatedDriver"] = {}
+
+
+class Kernel(NamedTuple):
+    """A kernel that the JIT compiled: one for each specialisation."""
+
+    name: str
+    metadata: Any  # Triton's: num_warps, shared, target, ...
+    asm: dict[str, Path]  # "ptx", "cubin", "amdgcn", ... -> file
+
+
+class Lab:
+    """What a driver saw while it was active."""
+
+    def __init__(self) -> None:
+        self.kernels: list[Kernel] = []  # loaded here for the first time
+        self.launches: list[Counts] = []
+
+
+class _Launcher:
+    """Runs one compiled kernel; Triton calls it with the grid and the kernel's arguments."""
+
+    def __init__(self, driver: "EmulatedDriver", source: Any, metadata: Any) -> None:
+        self.driver = driver
+        self.names = source.fn.arg_names
+        self.is_constant = [source.signature[name] == "constexpr" for name in self.names]
+        self.metadata = metadata
+        self.program: ptx.Program | None = None  # None: compiled only
+
+    def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
+        if self.program is None:
+            return
+        values = rest[-len(self.names) :]
+        arguments = [v for v, c in zip(values, self.is_constant, strict=True) if not c]
+        shared, grid = self.metadata.shared, (grid_x, grid_y, grid_z)
+        counts = machine.run(self.program, grid, arguments, shared, self.driver.schedule)
+        self.driver.lab.launches.append(counts)
+
+
+class EmulatedDriver(DriverBase):
+    """Answers what the JIT asks of a driver, for one target."""
+
+    def __init__(self, target: str) -> None:
+        self.target = _gpu_target(target)
+        self.device = next(_device_ids)
+        self.utils = self
+        self.schedule: Schedule = "lockstep"
+        self.lab = Lab()
+        self.launcher: _Launcher
+
+    def launcher_cls(self, source: Any, metadata: Any) -> _Launcher:
+        self.launcher = _Launcher(self, source, metadata)
+        return self.launcher
+
+    def take_files(self, module: Any, function: Any, name: str, files: Any, key: str) -> None:
+        """Triton's hook between launcher_cls and load_binary, which tells where the PTX is."""
+        asm = {Path(file).suffix[1:]: Path(file) for file in files.values()}
+        self.lab.kernels.append(Kernel(name, self.launcher.metadata, asm))
+        if "ptx" in asm:
+            self.launcher.program = ptx.parse(asm["ptx"].read_text())
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """Return module, function, registers, spills, and the most threads of a block."""
+        return name, name, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return dict(max_shared_mem=227 << 10, multiprocessor_count=132, warpSize=32)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing can be timed here")
+
+
+def _gpu_target(name: str) -> GPUTarget:
+    """Triton's own name for "sm_90" or "gfx942"."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+@contextlib.contextmanager
+def emulate(target: str, schedule: Schedule = "lockstep") -> Iterator[Lab]:
+    """Make kernels compile for `target` and run on CPU tensors; for an AMD target only compile."""
+    driver = _drivers.setdefault(target, EmulatedDriver(target))
+    driver.schedule, driver.lab = schedule, Lab()
+    hooks = triton.knobs.runtime.kernel_load_start_hook
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    hooks.add(driver.take_files)
+    try:
+        yield driver.lab
+    finally:
+        hooks.remove(driver.take_files)
+        triton.runtime.driver._active = before
