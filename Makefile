@@ -19,12 +19,14 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench bench-kernels gpu-check lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model (downloads 100 MB)"
 	@echo "make test    run the test suite"
 	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
+	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
+	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
 	@echo "make lint    ruff and mypy;  make format  lay the code out"
 
 demo: $(VENV)/.demo
@@ -35,6 +37,12 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
+
+bench-kernels: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ _COMBINE = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _GRAD_INPUTS = (
-    "Tensor labels, Tensor weights, Tensor complement, Tensor log2_total, Tensor rounding, "
+    "Tensor labels, Tensor weights, Tensor complement, Tensor reference, Tensor share, "
     f"bool shift, {_SCALING}, str backend"
 )
 _GRAD = f"(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor"
@@ -75,7 +75,7 @@ def _(
 def combine(
     partials: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values and lengths (S,), logps (B, T), complement, log2_total and rounding (B * T,), stats
+    """Values and lengths (S,), logps (B, T), complement, reference and share (B * T,), stats
     (E, B, T)."""
     *stage_inputs, backend = inputs
     stages = resolve_backend(backend, partials.device, partials.dtype)

@@ -98,6 +98,13 @@ def own_sum(x):
 
 
 @triton.jit
+def rounded_product(x, y):
+    # x * y, rounded whatever is added to it: the compiler fuses plain products into sums, and an
+    # exponent must not be relative to anything but the number that was subtracted from it.
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def own_max(x):
     return tl.max(tl.max(x, 2), 0)
 

@@ -29,8 +29,8 @@ def _combine_kernel(
     lengths_ptr,  # (S,) float32, out: sum of weights
     logps_ptr,  # (N,) float32, out
     complement_ptr,  # (N,) float32, out: 1 - exp(logp), the share of everybody but the target
-    log2_total_ptr,  # (N,) float32, out: log2 of the sum over all j of exp(z), rounded
-    rounding_ptr,  # (N,) float32, out: 2 ** (rounded - exact)
+    reference_ptr,  # (N,) float32, out: what the gradient's exponents z / ln 2 are relative to
+    share_ptr,  # (N,) float32, out: the probability of a token with that exponent
     stats_ptr,  # (E, N) float32, out
     num_tokens,
     seq_len,
@@ -119,13 +119,15 @@ def _combine_kernel(
         target_offset = (target.to(tl.float64) - row_peak) * scale
         e_y = tl.exp2(target_offset)
         total = others * shrink + e_y
+        # Exponents of the gradient are relative to the peak, where they are exact; in a flat row,
+        # of which a peak says little, to the total. Below LOWEST nobody but the target has a share.
+        peak_exponent = (row_peak.to(tl.float64) * scale).to(tl.float32)
         log2_total = row_peak.to(tl.float64) * scale + tl.log2(total)
-        # Nothing but numbers below LOWEST: everybody but the target has a share of 0.
-        nothing = total == 0.0
-        rounded = tl.where(nothing, 0.0, log2_total).to(tl.float32)
-        rounding = tl.where(nothing, 0.0, tl.exp2(rounded.to(tl.float64) - log2_total))
-        tl.store(log2_total_ptr + n, rounded, mask=scored)
-        tl.store(rounding_ptr + n, rounding.to(tl.float32), mask=scored)
+        is_flat = log2_total - peak_exponent >= 1.0
+        reference = tl.where(is_flat, log2_total, peak_exponent).to(tl.float32)
+        share = tl.exp2(reference.to(tl.float64) - log2_total)
+        tl.store(reference_ptr + n, tl.where(total == 0.0, 0.0, reference), mask=scored)
+        tl.store(share_ptr + n, tl.where(total == 0.0, 0.0, share).to(tl.float32), mask=scored)
 
         stat_ptr = stats_ptr + n
         if ENTROPY:  # log total - sum of p * (z - peak)
@@ -170,7 +172,7 @@ def combine(
     stats: Sequence[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return float32 values and lengths (S,), logps (B, T), what `grad` takes of each token
-    (complement, log2_total and rounding, (B * T,) each), and stats (E, B, T).
+    (complement, reference and share, (B * T,) each), and stats (E, B, T).
 
     With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
     0.
@@ -185,7 +187,7 @@ def combine(
     values = weights.new_empty(num_sequences)
     lengths = weights.new_empty(num_sequences)
     logps = torch.empty_like(weights)
-    complement, log2_total, rounding = (torch.empty_like(target) for _ in range(3))
+    complement, reference, share = (torch.empty_like(target) for _ in range(3))
     token_stats = weights.new_empty((len(stats), *weights.shape))
     if num_programs > 0:
         with on_device(weights):
@@ -200,8 +202,8 @@ def combine(
                 lengths,
                 logps,
                 complement,
-                log2_total,
-                rounding,
+                reference,
+                share,
                 token_stats,
                 num_tokens,
                 seq_len,
@@ -217,7 +219,7 @@ def combine(
                 BLOCK_T=BLOCK_T,
                 num_warps=BLOCK_T // warp_size(),
             )
-    return values, lengths, logps, complement, log2_total, rounding, token_stats
+    return values, lengths, logps, complement, reference, share, token_stats
 
 
 # Tokens a program handles at a time. A constant, like SPLIT_V: it fixes the order of the sums.

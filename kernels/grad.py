@@ -1,7 +1,7 @@
 """Third stage: the gradient of the logits, one read and one write of each logit that is scored.
 
     d logp / d z[n, y] = 1 - p[n, y]        d logp / d z[n, j] = -p[n, j]    (j != y)
-    p[n, j] = rounding[n] * 2 ** (z[n, j] / ln 2 - log2_total[n])
+    p[n, j] = share[n] * 2 ** (z[n, j] / ln 2 - reference[n])
 
 times the token's coefficient and the slope of z in x. A row that is not scored is not read: it gets
 zeros.
@@ -31,8 +31,8 @@ from ._tiles import (
 @triton.jit
 def _logits_grad(
     x,  # (R, THREADS, VEC) float32 logits
-    scaled_rounding,
-    log2_total,
+    scaled_share,
+    reference,
     exponent_scale,
     logit_scale,
     softcap,
@@ -40,7 +40,7 @@ def _logits_grad(
 ):
     # (gradient of a token that is not the target, du / dx)
     u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
-    d = tl.exp2(tl.fma(u, exponent_scale, -log2_total)) * scaled_rounding
+    d = tl.exp2(tl.fma(u, exponent_scale, -reference)) * scaled_share
     chain = 1.0
     if HAS_SOFTCAP:
         t = u / softcap
@@ -50,15 +50,20 @@ def _logits_grad(
 
 
 # One program per logits row and split. Row n holds the scores of token n + SHIFT.
-@triton.jit(do_not_specialize=["num_tokens", "seq_len", "vocab_size", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_grad_logps_b", "stride_grad_logps_t",
+        "num_tokens", "seq_len", "vocab_size", "num_splits",
+    ]
+)  # fmt: skip
 def _grad_kernel(
     logits_ptr,  # (B, T, V), V contiguous
     labels_ptr,  # (B * T,) int32 or int64
     weights_ptr,  # (B * T,) float32, 0 where not scored
     grad_logps_ptr,  # (B, T) float32, any strides
     complement_ptr,  # (B * T,) float32
-    log2_total_ptr,  # (B * T,) float32
-    rounding_ptr,  # (B * T,) float32
+    reference_ptr,  # (B * T,) float32
+    share_ptr,  # (B * T,) float32
     grad_logits_ptr,  # (B, T, V), V contiguous, out; may be logits itself
     stride_logits_b,
     stride_logits_t,
@@ -89,6 +94,7 @@ def _grad_kernel(
     row_ptr = logits_ptr + b * stride_logits_b + t * stride_logits_t
     out_ptr = grad_logits_ptr + b * stride_grad_logits_b + t * stride_grad_logits_t
     R: tl.constexpr = BLOCK_V // (THREADS * VEC)
+    TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
     first = tl.program_id(0) % num_splits * SPLIT_V
     bound = tl.minimum(first + SPLIT_V, vocab_size)
     # Full tiles load and store without a mask: a column bound would break their 16-byte accesses.
@@ -101,14 +107,14 @@ def _grad_kernel(
         upstream = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32)
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
         target_grad = coefficient * tl.load(complement_ptr + n)
-        scaled_rounding = -coefficient * tl.load(rounding_ptr + n)
-        log2_total = tl.load(log2_total_ptr + n)
+        scaled_share = -coefficient * tl.load(share_ptr + n)
+        reference = tl.load(reference_ptr + n)
         exponent_scale = tl.cast(exponent_scale, tl.float32)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
             x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
             d, chain = _logits_grad(
-                x, scaled_rounding, log2_total, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
+                x, scaled_share, reference, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
             )
             d_ptr = out_ptr + start + columns(R, THREADS, VEC)
             if (y >= start) & (y < start + BLOCK_V):
@@ -116,20 +122,21 @@ def _grad_kernel(
                 tl.store(d_ptr, tl.where(is_target, target_grad * chain, d).to(dtype))
             else:
                 tl.store(d_ptr, d.to(dtype))
-        if tail < bound:
-            x = load_tail(row_ptr + tail, bound - tail, 0.0, R, THREADS, VEC)
+        for start in range(tail, bound, TAIL_R * THREADS * VEC):
+            x = load_tail(row_ptr + start, bound - start, 0.0, TAIL_R, THREADS, VEC)
             d, chain = _logits_grad(
-                x, scaled_rounding, log2_total, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
+                x, scaled_share, reference, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
             )
-            is_target = own == from_own(y - tail, THREADS, VEC)
+            is_target = own_columns(TAIL_R, THREADS, VEC) == from_own(y - start, THREADS, VEC)
             d = tl.where(is_target, target_grad * chain, d)
-            store_tail(out_ptr + tail, d.to(dtype), bound - tail, R, THREADS, VEC)
+            store_tail(out_ptr + start, d.to(dtype), bound - start, TAIL_R, THREADS, VEC)
     else:
         zeros = tl.zeros([R, THREADS, VEC], dtype)
         for start in range(first, tail, BLOCK_V):
             tl.store(out_ptr + start + columns(R, THREADS, VEC), zeros)
-        if tail < bound:
-            store_tail(out_ptr + tail, zeros, bound - tail, R, THREADS, VEC)
+        few = tl.zeros([TAIL_R, THREADS, VEC], dtype)
+        for start in range(tail, bound, TAIL_R * THREADS * VEC):
+            store_tail(out_ptr + start, few, bound - start, TAIL_R, THREADS, VEC)
 
 
 def grad(
@@ -138,8 +145,8 @@ def grad(
     labels: Tensor,
     weights: Tensor,
     complement: Tensor,
-    log2_total: Tensor,
-    rounding: Tensor,
+    reference: Tensor,
+    share: Tensor,
     shift: bool,
     temperature: float,
     logit_scale: float,
@@ -164,8 +171,8 @@ def grad(
             weights,
             grad_logps,
             complement,
-            log2_total,
-            rounding,
+            reference,
+            share,
             out,
             *logits.stride()[:2],
             *grad_logps.stride(),

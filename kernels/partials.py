@@ -28,6 +28,7 @@ from ._tiles import (
     own_columns,
     own_max,
     own_sum,
+    rounded_product,
     starts_a_sequence,
     vector_width,
     warp_size,
@@ -72,10 +73,11 @@ def _fold(
     if TOP1 and not HAS_TARGET:
         rivals = tl.where((tile_peak >= u_y) & (start < y), 1.0, rivals)
     new_peak = tl.maximum(peak, tile_peak)
-    drop = peak * exponent_scale - new_peak * exponent_scale
+    new_exponent = rounded_product(new_peak, exponent_scale)
+    drop = rounded_product(peak, exponent_scale) - new_exponent
     shrink = tl.exp2(drop)
     # Rounded once, so exact near the peak, where it matters.
-    exponent = tl.fma(u, exponent_scale, -(new_peak * exponent_scale)[None, :, None])
+    exponent = tl.fma(u, exponent_scale, -new_exponent[None, :, None])
     e = tl.exp2(exponent)
     if ENTROPY:  # a banned token's exponent is -inf, and its share 0
         products = e * tl.where(e > 0.0, exponent, 0.0)
@@ -177,6 +179,7 @@ def _partials_kernel(
             tl.store(target_ptr + n, u_y)
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
+        TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
         peak = tl.full([THREADS], LOWEST, tl.float32)
         total = tl.zeros([THREADS], tl.float32)
         weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
@@ -209,14 +212,14 @@ def _partials_kernel(
                     exponent_scale, logit_scale, softcap, False, False,
                     HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
                 )  # fmt: skip
-        if tail < bound:
-            x = load_tail(row_ptr + tail, bound - tail, -float("inf"), R, THREADS, VEC)
+        for start in range(tail, bound, TAIL_R * THREADS * VEC):
+            x = load_tail(row_ptr + start, bound - start, -float("inf"), TAIL_R, THREADS, VEC)
             peak, total, weighted, rivals, square_sum = _fold(
-                x, tail, bound, y, u_y, peak, total, weighted, rivals, square_sum,
+                x, start, bound, y, u_y, peak, total, weighted, rivals, square_sum,
                 exponent_scale, logit_scale, softcap, True, True,
                 HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
             )  # fmt: skip
-
+        if tail < bound:
             if TOP1:
                 end = tl.minimum(y, bound)
                 earlier, _ = _max_and_sum(
@@ -232,8 +235,9 @@ def _partials_kernel(
         # All threads' sums, relative to the split's peak. Theirs are relative to rounded products,
         # and the rounded product of the split's peak and the scale exceeds the exact one by error.
         split_peak = tl.max(peak)
-        error = -tl.fma(split_peak, exponent_scale, -(split_peak * exponent_scale))
-        drop = peak * exponent_scale - split_peak * exponent_scale + error
+        split_exponent = rounded_product(split_peak, exponent_scale)
+        error = -tl.fma(split_peak, exponent_scale, -split_exponent)
+        drop = rounded_product(peak, exponent_scale) - split_exponent + error
         shrink = tl.exp2(drop)
         out_ptr = partials_ptr + split * num_tokens + n
         channel = (tl.num_programs(0)).to(tl.int64)  # K * B * T: from one channel to the next

@@ -38,11 +38,17 @@ def value_and_grad(
     return value.detach(), torch.autograd.grad(value, logits, upstream)[0]
 
 
-def truth(function_name: str, batch: Batch, upstream: Tensor | None = None, **options: Any):
+def truth(
+    function_name: str,
+    batch: Batch,
+    upstream: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+):
     """Value and gradient in float64 on the CPU, from the same already rounded logits."""
     options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
     upstream = None if upstream is None else upstream.cpu()
-    exact = Batch(batch.logits.detach().cpu().double(), batch.labels.cpu(), batch.mask.cpu())
+    exact = Batch(batch.logits.detach().cpu().to(dtype), batch.labels.cpu(), batch.mask.cpu())
     return value_and_grad(getattr(reference, function_name), exact, upstream, **options)
 
 
@@ -66,6 +72,18 @@ def rounding(exact: Tensor, dtype: torch.dtype) -> float:
     finite = exact[exact.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return largest * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).tiny
+
+
+def assert_within_budget(result: Tensor, rough: Tensor, exact: Tensor, what: str = "") -> None:
+    """Within twice what plain PyTorch in float32 errs by, and a rounding of the result's dtype.
+
+    In a few numbers plain PyTorch may err by nothing, by luck: then four roundings of float32 stand
+    in for it, as a sum of many terms and a product of a few factors may have.
+    """
+    plain_error = max(max_error(rough, exact), 4 * rounding(exact, torch.float32))
+    allowed = 2 * plain_error + rounding(exact, result.dtype)
+    error = max_error(result, exact)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def assert_close(result: Tensor, exact: Tensor, atol: float, what: str = "") -> None:

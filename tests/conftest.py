@@ -1,6 +1,7 @@
 """Backends and devices of the suite. Without a GPU the kernels run in Triton's interpreter."""
 
 import os
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +35,24 @@ if HAS_TRITON and IS_INTERPRETED:
         wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
         return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
 
+    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched_for = set()
+
+    def patch_language_once(function):
+        """The interpreter does it in each call of a device function: half of the suite's time."""
+        modules = frozenset(
+            id(x) for x in function.__globals__.values() if isinstance(x, ModuleType)
+        )
+        if modules not in patched_for:
+            patched_for.add(modules)
+            return patch_language(function)
+
+    def launch_patched(*args, **kwargs):
+        patched_for.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang = patch_language_once
+    interpreter.GridExecutor.__call__ = launch_patched
     interpreter._convert_float = convert_like_a_gpu
     interpreter.InterpreterBuilder.create_fma = fma_like_a_gpu
 

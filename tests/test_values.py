@@ -5,11 +5,10 @@ import torch
 from batches import (
     Batch,
     assert_close,
+    assert_within_budget,
     fused,
     make_batch,
-    max_error,
     plain,
-    rounding,
     truth,
     value_and_grad,
 )
@@ -41,8 +40,7 @@ def test_value_and_grad_within_budget(vocab_size, dtype, backend, device):
         (value, plain_value, exact_value),
         (grad, plain_grad, exact_grad),
     ):
-        budget = 2 * max_error(theirs, exact) + rounding(exact, ours.dtype)
-        assert max_error(ours, exact) <= budget + 1e-9
+        assert_within_budget(ours, theirs, exact)
 
 
 @pytest.mark.usefixtures("poisoned")

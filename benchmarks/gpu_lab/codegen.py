@@ -7,11 +7,13 @@ a lower one; they differ by what branches inside the loop skip, such as the tile
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
 from . import amdgcn, sass
+from .driver import Kernel
 from .loops import Instruction, Loop, streaming_loop
 
 
@@ -46,6 +48,7 @@ class Codegen(NamedTuple):
     has_loop: bool  # False: no loop reads global memory, and the whole kernel stands for it
     loop_instructions: Counter[str]  # of the streaming loop, by opcode with its suffixes
     hot_loop_instructions: Counter[str]  # of those, what every iteration passes
+    shortest_loop_instructions: Counter[str]  # of those, the shortest way round
 
     @property
     def barriers_in_loop(self) -> int:
@@ -93,6 +96,14 @@ class Codegen(NamedTuple):
                 cycles[pipe] = cycles.get(pipe, 0.0) + each * n * 32 / logits_per_warp
         return cycles
 
+    def of_shortest_way(self) -> "Codegen":
+        """The same kernel with the shortest way round its loop as the loop.
+
+        Of two branches, one for the tile of the target and one for all other tiles, it takes the
+        latter: what nearly every iteration executes, where `hot` leaves out both.
+        """
+        return self._replace(loop_instructions=self.shortest_loop_instructions)
+
     @property
     def _vendor(self) -> _Vendor:
         return NVIDIA if self.target.startswith("sm_") else AMD
@@ -129,7 +140,7 @@ def inspect(compiled: Any, target: GPUTarget) -> Codegen:
     else:
         raise ValueError(f"machine code is read for cuda and hip, got {target.backend}")
     program_loop = streaming_loop(program, reads_memory)
-    loop = program_loop or Loop(body=program, hot=program)
+    loop = program_loop or Loop(body=program, hot=program, shortest=program)
     return Codegen(
         target=name,
         warp_size=target.warp_size,
@@ -143,6 +154,7 @@ def inspect(compiled: Any, target: GPUTarget) -> Codegen:
         has_loop=program_loop is not None,
         loop_instructions=_opcodes(loop.body, vendor),
         hot_loop_instructions=_opcodes(loop.hot, vendor),
+        shortest_loop_instructions=_opcodes(loop.shortest, vendor),
         **launch,
     )
 
@@ -168,3 +180,13 @@ def _access_bits(program: Iterable[Instruction], vendor: _Vendor) -> dict[str, C
 
 def _count(opcodes: Counter[str], predicate: Callable[[str], bool]) -> int:
     return sum(n for opcode, n in opcodes.items() if predicate(opcode))
+
+
+def inspect_kernel(kernel: Kernel) -> Codegen:
+    """Read the machine code of a kernel that `driver.emulate` saw."""
+    asm = {
+        name: file.read_bytes() if name in ("cubin", "hsaco") else file.read_text()
+        for name, file in kernel.asm.items()
+    }
+    compiled = SimpleNamespace(asm=asm, metadata=kernel.metadata)
+    return inspect(compiled, kernel.metadata.target)

@@ -40,6 +40,7 @@ class Lab:
     def __init__(self) -> None:
         self.kernels: list[Kernel] = []  # loaded here for the first time
         self.launches: list[Counts] = []
+        self.launched: list[Kernel] = []  # the kernel of each launch, for AMD targets too
 
 
 class _Launcher:
@@ -50,10 +51,12 @@ class _Launcher:
         self.names = source.fn.arg_names
         self.is_constant = [source.signature[name] == "constexpr" for name in self.names]
         self.metadata = metadata
-        self.program: ptx.Program | None = None  # None: compiled only
+        self.program: ptx.Program | None = None  # None for an AMD GPU
+        self.kernel: Kernel
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
-        if self.program is None:
+        self.driver.lab.launched.append(self.kernel)
+        if self.program is None or self.driver.schedule is None:
             return
         values = rest[-len(self.names) :]
         arguments = [v for v, c in zip(values, self.is_constant, strict=True) if not c]
@@ -69,7 +72,7 @@ class EmulatedDriver(DriverBase):
         self.target = _gpu_target(target)
         self.device = next(_device_ids)
         self.utils = self
-        self.schedule: Schedule = "lockstep"
+        self.schedule: Schedule | None = "lockstep"
         self.lab = Lab()
         self.launcher: _Launcher
 
@@ -80,7 +83,8 @@ class EmulatedDriver(DriverBase):
     def take_files(self, module: Any, function: Any, name: str, files: Any, key: str) -> None:
         """Triton's hook between launcher_cls and load_binary, which tells where the PTX is."""
         asm = {Path(file).suffix[1:]: Path(file) for file in files.values()}
-        self.lab.kernels.append(Kernel(name, self.launcher.metadata, asm))
+        self.launcher.kernel = Kernel(name, self.launcher.metadata, asm)
+        self.lab.kernels.append(self.launcher.kernel)
         if "ptx" in asm:
             self.launcher.program = ptx.parse(asm["ptx"].read_text())
 
@@ -125,8 +129,11 @@ def _gpu_target(name: str) -> GPUTarget:
 
 
 @contextlib.contextmanager
-def emulate(target: str, schedule: Schedule = "lockstep") -> Iterator[Lab]:
-    """Make kernels compile for `target` and run on CPU tensors; for an AMD target only compile."""
+def emulate(target: str, schedule: Schedule | None = "lockstep") -> Iterator[Lab]:
+    """Make kernels compile for `target` and run on CPU tensors.
+
+    With schedule None, and for an AMD target, they only compile: outputs stay unwritten.
+    """
     driver = _drivers.setdefault(target, EmulatedDriver(target))
     driver.schedule, driver.lab = schedule, Lab()
     hooks = triton.knobs.runtime.kernel_load_start_hook

@@ -195,12 +195,14 @@ def shift(m: Machine, i: Instruction, active: Active) -> None:
 
 @operation("bfe")
 def extract(m: Machine, i: Instruction, active: Active) -> None:
+    """A field of bits, extended by its own sign for the signed types."""
     target, x, first, length = i.operands
-    if i.type not in ("u32", "u64") or not isinstance(first, Immediate):
+    if not (isinstance(first, Immediate) and isinstance(length, Immediate) and length.bits > 0):
         raise NotImplementedError(f"unknown instruction: {i.text}")
     x = m.read(x, i.type)
-    assert isinstance(length, Immediate)
-    m.write(target, (x >> x.dtype.type(first.bits)) & x.dtype.type((1 << length.bits) - 1), active)
+    bits = 8 * x.dtype.itemsize
+    above = x.dtype.type(bits - first.bits - length.bits)
+    m.write(target, (x << above) >> x.dtype.type(bits - length.bits), active)
 
 
 @operation("prmt")
@@ -426,3 +428,37 @@ def reduce_warp(m: Machine, i: Instruction, active: Active) -> None:
         function = {"max": np.maximum, "min": np.minimum}[i.parts[2]]
     reduced = function.reduce(warps, axis=1, dtype=warps.dtype)
     m.write(target, np.repeat(reduced, 32), active)
+
+
+# Matrices of 8 rows of 16 bytes in shared memory; lane 8 q + r holds the address of row r of matrix
+# q, and lane l gets (or gives) word l % 4 of row l // 4; transposed, column l // 4 of two rows.
+
+
+def _matrix_words(m: Machine, i: Instruction, address: np.ndarray, q: int) -> list[np.ndarray]:
+    first_lane = np.arange(m.num_lanes) - m.lane + 8 * q
+    if "trans" not in i.parts:
+        return [address[first_lane + m.lane // 4] + 4 * (m.lane % 4)]
+    rows = [first_lane + 2 * (m.lane % 4) + k for k in range(2)]
+    return [address[row] + 2 * (m.lane // 4) for row in rows]
+
+
+@operation("ldmatrix stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared cta")
+def move_matrix(m: Machine, i: Instruction, active: Active) -> None:
+    if active is not None and not np.array_equal(active, np.repeat(active[::32], 32)):
+        raise RuntimeError(f"some lanes of a warp do not take part: {i.text}")
+    is_load = i.parts[0] == "ldmatrix"
+    registers, place = i.operands if is_load else i.operands[::-1]
+    address = np.zeros(m.num_lanes, np.int64)
+    address[slice(None) if active is None else active] = m.addresses(place, active)
+    block, warp = m.spread(m.block, active), m.spread(m.warp, active)
+    size = 2 if "trans" in i.parts else 4
+    for q, register in enumerate(elements(registers)):
+        places = [m.spread(where, active) for where in _matrix_words(m, i, address, q)]
+        if is_load:
+            words = [m.shared.load(block, warp, where, size, 1, i.text)[0] for where in places]
+            m.write(register, join(m.gather(words, active), np.uint32), active)
+            continue
+        whole = m.spread(m.read(register, "b32"), active)
+        for k, where in enumerate(places):
+            word = (whole >> np.uint32(16 * k)).astype(UNSIGNED[size])
+            m.shared.store(block, warp, where, [word], i.text)

@@ -5,6 +5,7 @@ and a branch back to it are not a loop. Here a loop is a natural one: a header t
 branch back to it, and every block that reaches that branch without passing the header.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class Instruction(NamedTuple):
 class Loop(NamedTuple):
     body: list[Instruction]
     hot: list[Instruction]  # of the blocks that every iteration passes: no branch skips them
+    shortest: list[Instruction]  # of the way round the loop with the fewest instructions
 
 
 class _Block(NamedTuple):
@@ -54,7 +56,27 @@ def streaming_loop(
     header = max(innermost, key=lambda h: len(_instructions(program, blocks, innermost[h])))
     body = innermost[header]
     always = set.intersection(*(dominators[tail] for tail in latches[header])) & body
-    return Loop(_instructions(program, blocks, body), _instructions(program, blocks, always))
+    return Loop(
+        _instructions(program, blocks, body),
+        _instructions(program, blocks, always),
+        _instructions(program, blocks, _shortest_way(header, latches[header], blocks, body)),
+    )
+
+
+def _shortest_way(header: int, tails: list[int], blocks: list[_Block], body: set[int]) -> set[int]:
+    """Return the blocks from header to the first latch reached, by Dijkstra's algorithm."""
+    waiting = [(blocks[header].end - blocks[header].first, header, {header})]
+    seen: set[int] = set()
+    while waiting:
+        length, b, way = heapq.heappop(waiting)
+        if b in tails:
+            return way
+        if b not in seen:
+            seen.add(b)
+            for successor in body.intersection(blocks[b].successors) - seen:
+                size = blocks[successor].end - blocks[successor].first
+                heapq.heappush(waiting, (length + size, successor, way | {successor}))
+    raise AssertionError("a loop's body holds a way to its latch")
 
 
 def _instructions(

@@ -38,6 +38,7 @@ class Counts(NamedTuple):
     lanes: Counter[tuple[str, int]]  # ("load" | "store" | "atomic", bytes) -> lanes
     bytes_loaded: int  # from global memory, by every lane: repeated reads count again
     bytes_stored: int
+    distinct: Counter[str]  # "load", ... -> bytes; a word that lanes access together counts once
 
 
 def run(
@@ -71,7 +72,7 @@ def run(
             machine.run_blocks(np.arange(first, min(first + together, num_blocks)))
     return Counts(
         program.name, num_blocks, program.num_threads, machine.executed, memory.lanes,
-        memory.num_bytes("load"), memory.num_bytes("store"),
+        memory.num_bytes("load"), memory.num_bytes("store"), memory.distinct,
     )  # fmt: skip
 
 
@@ -195,7 +196,8 @@ class Machine:
                 self.pc[mask if active is None else active] = len(self.steps)
                 return
             if kind == "bar":
-                if instruction.opcode != "bar.sync" or instruction.guard is not None:
+                is_known = instruction.opcode == "bar.sync" and instruction.guard is None
+                if not is_known or instruction.operands[0] != Immediate(0, False):
                     raise NotImplementedError(f"unknown instruction: {instruction.text}")
                 self.pc[mask] = index
                 self.waits |= mask

@@ -48,6 +48,7 @@ class GlobalMemory:
             self.outside.append(np.zeros(num_bytes + 1, np.int64))
             np.cumsum(~inside[start], out=self.outside[-1][1:])
         self.lanes: Counter[tuple[str, int]] = Counter()  # ("load", bytes) -> lanes that did it
+        self.distinct: Counter[str] = Counter()  # "load" -> bytes, what lanes share counted once
 
     def load(self, address: np.ndarray, size: int, count: int, text: str) -> list[np.ndarray]:
         """`count` neighbouring words of `size` bytes for each of the addresses."""
@@ -82,6 +83,9 @@ class GlobalMemory:
                 (outside[offset + width] == outside[offset]).all()
             ):
                 self.lanes[kind, width] += address.size
+                is_distinct = (address[1:] > address[:-1]).all()
+                num_distinct = address.size if is_distinct else np.unique(address).size
+                self.distinct[kind] += width * num_distinct
                 # A storage starts at a multiple of 8 bytes, so words lie where its addresses do.
                 return buffer[: buffer.size // size * size].view(UNSIGNED[size]), offset // size
         raise MemoryError(f"{kind} of {width} bytes outside of the launch's tensors: {text}")

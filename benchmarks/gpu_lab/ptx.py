@@ -164,8 +164,8 @@ def _operand(text: str, registers: dict[str, int]) -> Operand:
         return Immediate(0, False)
     if text[:2] in ("0f", "0F", "0d", "0D"):
         return Immediate(int(text[2:], 16), True)
-    if re.fullmatch(r"-?(?:0x[0-9a-fA-F]+|\d+)", text):
-        return Immediate(int(text, 0), False)
+    if re.fullmatch(r"-?(?:0x[0-9a-fA-F]+|\d+)U?", text):
+        return Immediate(int(text.rstrip("U"), 0), False)
     if text.startswith("%") and ("." in text or text in ("%laneid", "%warpid")):
         return Special(text)
     if text.startswith("%") or text in registers:

@@ -25,7 +25,7 @@ def combine(
     stats: Sequence[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return values and lengths (S,), logps (B, T), what `grad` takes of each token (complement,
-    log2_total and rounding, (B * T,) each), and stats (E, B, T).
+    reference and share, (B * T,) each), and stats (E, B, T).
 
     With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
     0.
@@ -34,21 +34,23 @@ def combine(
     flat_weights = weights.flatten()
     logps = torch.empty_like(weights)
     weighted_logps = torch.empty_like(target, dtype=torch.float64)
-    complement, log2_total, rounding = (torch.empty_like(target) for _ in range(3))
+    complement, reference, share = (torch.empty_like(target) for _ in range(3))
     token_stats = weights.new_empty((len(stats), *weights.shape))
     for first in range(0, target.numel(), BLOCK_T):
         here = slice(first, first + BLOCK_T)
         scored = flat_weights[here] != 0
         combined = _combine_tokens(partials[:, :, here], target[here], scale, vocab_size, stats)
-        token_logps, complement[here], exact, *extras = combined
-        log2_total[here] = exact
-        rounding[here] = (log2_total[here] - exact).exp2()
+        token_logps, complement[here], peak_exponent, log2_total, *extras = combined
+        # Relative to the peak, where exponents are exact, or to the total of a flat row (here also
+        # one whose peak was guessed poorly).
+        reference[here] = peak_exponent.where(log2_total - peak_exponent < 1, log2_total)
+        share[here] = (reference[here] - log2_total).exp2()
         logps.view(-1)[here] = token_logps.where(scored, 0.0)
         weighted_logps[here] = (token_logps * flat_weights[here]).where(scored, 0.0)
         for out, extra in zip(token_stats.flatten(1), extras, strict=True):
             out[here] = extra.where(scored, 0.0)
 
-    of_tokens = (logps, complement, log2_total, rounding, token_stats)
+    of_tokens = (logps, complement, reference, share, token_stats)
     if reduction == "none":
         return weights.new_empty(0), weights.new_empty(0), *of_tokens
     if cu_seqlens is None:
@@ -65,7 +67,8 @@ def combine(
 def _combine_tokens(
     partials: Tensor, target: Tensor, scale: float, vocab_size: int, stats: Sequence[str]
 ) -> list[Tensor]:
-    """logp, 1 - exp(logp), log2_total and stats of tokens, (N,) float64; anything if not scored."""
+    """logp, 1 - exp(logp), log2 of the peak's exp(z) and of their total, stats of tokens, (N,)
+    float64 each; anything where not scored."""
     peaks, totals, *sums = partials.double()  # (K, N) each
     target = target.double()
     peak = peaks.amax(0)
@@ -84,7 +87,7 @@ def _combine_tokens(
     target_offset = (target - row_peak) * scale
     e_y = target_offset.exp2()
     total = others * row_shrink + e_y
-    combined = [logp, -logp.expm1(), row_peak * scale + total.log2()]
+    combined = [logp, -logp.expm1(), row_peak * scale, row_peak * scale + total.log2()]
     for name, channel in zip(stats, sums, strict=True):
         if name == "entropy":  # log total - sum of p * (z - peak)
             products = ((channel + offsets * totals) * shrink).sum(0) + offset * others

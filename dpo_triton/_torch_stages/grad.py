@@ -21,8 +21,8 @@ def grad(
     labels: Tensor,
     weights: Tensor,
     complement: Tensor,
-    log2_total: Tensor,
-    rounding: Tensor,
+    reference: Tensor,
+    share: Tensor,
     shift: bool,
     temperature: float,
     logit_scale: float,
@@ -44,7 +44,7 @@ def grad(
     slope = (1.0 if softcap is not None else logit_scale) / temperature
     coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * slope
     target_grad = coefficient * of_rows(complement)
-    scaled_rounding = -coefficient * of_rows(rounding)
+    scaled_share = -coefficient * of_rows(share)
 
     grid = row_grid(logits)
     if out is None:
@@ -59,8 +59,8 @@ def grad(
 
     workspace = Workspace(logits, len(rows), dtype)
     chain = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
-    offsets = workspace.pad(-of_rows(log2_total))
-    per_row = (of_rows(labels).long(), target_grad, scaled_rounding)
+    offsets = workspace.pad(-of_rows(reference))
+    per_row = (of_rows(labels).long(), target_grad, scaled_share)
     per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
     lo = 0
     for runs, (y_here, target_here, scale_here) in zip(

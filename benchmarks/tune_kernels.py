@@ -1,0 +1,173 @@
+"""The search that chose the launch settings; `python benchmarks/tune_kernels.py --help`.
+
+Each kernel that walks the vocabulary is compiled with every tile and number of threads, and counted
+as in bench_kernels; on a GPU it is timed as well. Nothing is tuned at run time: the settings that
+win here are written into `launch_config` of kernels/partials.py and kernels/grad.py.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported: interpreted code has no PTX
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import kernel_peers
+from bench_vocab import require_bench_extra
+from gpu_lab.driver import emulate
+from gpu_lab.model import DEVICES
+from kernel_counts import ALL, BACKWARD, FORWARD, complaint, count, make_inputs, read_loop
+from kernel_model import modelled_rows
+from kernel_peers import KernelPeer
+from kernel_report import BINDING, TIME, Rows, aligned, next_resource
+
+PASSES = {"partials": FORWARD, "grad": BACKWARD}
+BLOCKS, THREADS = (512, 1024, 2048, 4096), (32, 64, 128, 256)
+QUICK_BLOCKS, QUICK_THREADS = (1024, 2048), (64,)
+BATCH, SEQ_LEN = 1, 2
+GPU_ROWS = 4096
+NOTES = """
+exp2, PTX: executed in the emulator, per logit. SASS: of the loop's shortest way round, per logit.
+modelled: ms for 8192 rows, the resource that binds, and the share of that time of the next one."""
+
+
+class Setting(NamedTuple):
+    """Of one kernel."""
+
+    block: int  # columns of a tile
+    threads: int  # of a program
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table of each kernel on each target; return 1 if a setting gives wrong results."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    require_bench_extra(["tqdm"])
+    from tqdm import tqdm
+
+    blocks, threads = (QUICK_BLOCKS, QUICK_THREADS) if args.quick else (BLOCKS, THREADS)
+    dtype = getattr(torch, args.dtype)
+    wrong: list[str] = []
+    for target in args.target:
+        for kernel, passes in PASSES.items():
+            with emulate(target):
+                chosen, vec = chosen_setting(kernel, args.vocab, dtype)
+            settings = sorted({Setting(b, t) for b in blocks for t in threads} | {chosen})
+            settings = [s for s in settings if s.block % (s.threads * vec) == 0]
+            devices = [d.name for d in DEVICES if d.target == target]
+            lines = [headings(devices)]
+            for setting in tqdm(settings, desc=f"{kernel}, {target}", leave=False):
+                cells, error = try_setting(kernel, setting, args.vocab, dtype, target, devices)
+                lines.append([*cells, "chosen" if setting == chosen else ""])
+                if error is not None:
+                    wrong.append(f"{kernel} {setting} {target}: {error}")
+            print(f"\n{kernel}, {passes}; {target}, V = {args.vocab}, {args.dtype}\n")
+            print(aligned(lines, 0))
+    print(NOTES)
+    if wrong:
+        print("wrong results:", *wrong, sep="\n  ", file=sys.stderr)
+    return bool(wrong)
+
+
+def headings(devices: list[str]) -> list[str]:
+    timed = ["measured ms"] if has_gpu() else []
+    return [
+        *("BLOCK_V", "THREADS", "warps", "logits/thread", "regs", "spills", "occ", "exp2", "PTX"),
+        *("SASS", *(f"modelled ms, {name}" for name in devices), *timed, ""),
+    ]
+
+
+def try_setting(
+    kernel: str, setting: Setting, vocab_size: int, dtype: torch.dtype, target: str,
+    devices: list[str],
+) -> tuple[list[str], str | None]:  # fmt: skip
+    """Return the cells of its line, and what is wrong with its results, or None."""
+    passes = PASSES[kernel]
+    peer = kernel_peers.ours()
+    logits = torch.randn(BATCH, SEQ_LEN, vocab_size).mul_(3).to(dtype)
+    inputs = make_inputs(logits, torch.randint(vocab_size, (BATCH, SEQ_LEN)), ALL)
+    with launched_with(kernel, setting):
+        counted = count(peer, inputs, target)
+        loop = read_loop(peer, counted.kernels[passes], inputs, target)
+        measured = [f"{measure_ms(peer, passes, vocab_size, dtype):.3f}"] if has_gpu() else []
+    assert loop is not None
+    rows = Rows(modelled_rows(peer.name, inputs, counted.work, {(target, passes): loop}))
+    work, code = counted.work[passes], loop.codegen
+    modelled = []
+    for device in devices:
+        key = dict(passes=passes, where=device)
+        ms, (resource, next_ms) = rows.value(TIME, **key), next_resource(rows, **key)
+        modelled.append(f"{ms:.3f} {rows.value(BINDING, **key)}, {resource} {next_ms / ms:.0%}")
+    cells = [
+        *(str(setting.block), str(setting.threads), str(code.num_warps)),
+        *(str(setting.block // setting.threads), str(code.registers), str(code.spills)),
+        f"{code.occupancy:.0%}",
+        f"{work.exp2 / logits.numel():.3f}",
+        f"{work.instructions / logits.numel():.2f}",
+        f"{loop.instructions('shortest'):.2f}",
+    ]
+    return [*cells, *modelled, *measured], complaint(peer, inputs, counted)
+
+
+def chosen_setting(kernel: str, vocab_size: int, dtype: torch.dtype) -> tuple[Setting, int]:
+    """What the launcher chooses, and the neighbouring logits of its accesses."""
+    logits = torch.empty((1, 1, vocab_size), dtype=dtype, device="meta")
+    tensors = (logits,) if kernel == "partials" else (logits, logits)
+    config = kernel_peers.module(f"dpo_triton.kernels.{kernel}").launch_config(*tensors, False)
+    return Setting(config["BLOCK_V"], config["THREADS"]), config["VEC"]
+
+
+@contextlib.contextmanager
+def launched_with(kernel: str, setting: Setting) -> Iterator[None]:
+    """Have the kernel's launcher use a setting."""
+    module = kernel_peers.module(f"dpo_triton.kernels.{kernel}")
+    choose = module.launch_config
+
+    def launch_config(*args: Any, **kwargs: Any) -> dict[str, int]:
+        config = choose(*args, **kwargs)
+        threads_of_warp = config["THREADS"] // config["num_warps"]
+        warps = max(1, setting.threads // threads_of_warp)
+        return config | dict(BLOCK_V=setting.block, THREADS=setting.threads, num_warps=warps)
+
+    module.launch_config = launch_config
+    try:
+        yield
+    finally:
+        module.launch_config = choose
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def measure_ms(peer: KernelPeer, passes: str, vocab_size: int, dtype: torch.dtype) -> float:
+    """Median time of one pass over GPU_ROWS rows."""
+    import kernel_measure
+    import measure
+
+    logits, labels = kernel_measure.random_batch(4, GPU_ROWS // 4, vocab_size, dtype)
+    fn = kernel_measure.timed(peer, make_inputs(logits, labels, ALL), passes)
+    assert fn is not None
+    return statistics.median(measure.times_ms(fn, kernel_measure.DEVICE, min_run_s=0.1))
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tiles and threads of the kernels, compared.")
+    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--target", nargs="+", choices=["sm_80", "sm_90", "sm_100"], default=["sm_90", "sm_100"]
+    )
+    parser.add_argument("--quick", action="store_true", help="a few settings")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
