@@ -80,7 +80,7 @@ def test_executed_instructions(target, vocab_size):
     assert a_logit(forward) <= (7.5 if vocab_size > 100_000 else 10.0)
     assert a_logit(backward) <= (7.5 if vocab_size > 100_000 else 9.5)
     assert a_logit(forward, "ex2") <= (1.07 if vocab_size > 100_000 else 1.1)
-    assert a_logit(backward, "ex2") <= 1.01
+    assert a_logit(backward, "ex2") <= (1.01 if vocab_size > 100_000 else 1.05)
     in_sixteens = [16 * launch.lanes["load", 16] / (2 * logits) for launch in (forward, backward)]
     assert in_sixteens == [1.0, 1.0]
     assert 16 * backward.lanes["store", 16] == 2 * logits
