@@ -81,7 +81,7 @@ def test_options(options, dtype, vocab_size, backend, device):
         exact_value, exact_grad = truth(name, batch, upstream, **options)
         scale = float(exact_value.abs().max())
         assert_close(value, exact_value, 1e-6 * (1 + scale), name)
-        assert_close(grad, exact_grad, 1e-6 * float(exact_grad.abs().max()), name)
+        assert_close(grad, exact_grad, 2e-6 * float(exact_grad.abs().max()), name)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -97,7 +97,7 @@ def test_packed_equals_each_sequence_alone(shift, index_dtype, backend, device):
     values, grad = value_and_grad(fused(backend), batch, upstream, **options)
     exact = truth("seq_logprob", batch, upstream, **options)
     assert_close(values, exact[0], 1e-5)
-    assert_close(grad, exact[1], 1e-7)
+    assert_close(grad, exact[1], 2e-7)
     first = 0
     for s, length in enumerate(lengths):
         alone = [x[None, first : first + length] for x in batch]
@@ -157,7 +157,7 @@ def test_strided_logits(layout, backend, device):
     value, grad = value_and_grad(fused(backend), batch)
     exact = truth("seq_logprob", batch)
     assert_close(value, exact[0], 1e-5)
-    assert_close(grad, exact[1], 1e-7)
+    assert_close(grad, exact[1], 2e-7)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -200,7 +200,7 @@ def test_many_rows_through_the_buffer(runs, device, monkeypatch):
         value, grad = value_and_grad(fused("torch"), cast)
         exact = truth("seq_logprob", cast)
         assert_close(value, exact[0], 1e-5)
-        assert_close(grad, exact[1], 1e-7)
+        assert_close(grad, exact[1], 2e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -210,7 +210,7 @@ def test_several_full_blocks(dtype):
     value, grad = value_and_grad(fused("torch"), batch)
     exact = truth("seq_logprob", batch)
     assert_close(value, exact[0], 1e-6)
-    assert_close(grad, exact[1], 1e-7)
+    assert_close(grad, exact[1], 2e-7)
 
 
 def test_int64_offsets(backend, device, tmp_path):
