@@ -44,6 +44,7 @@ from kernel_counts import (
 )
 from kernel_peers import KernelPeer
 from kernel_report import Rows
+from report import write_csv
 
 VOCAB_SIZE, DTYPE, TARGETS = kernel_goals.VOCAB_SIZE, kernel_goals.DTYPE, ["sm_90", "sm_100"]
 AMD_TARGET = "gfx942"  # compiled, not run
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n" + kernel_goals.goals_text([]))
 
     path = output_path(args, "kernels-modelled")
-    report.write_csv(path, rows, run)
+    write_csv(path, list(rows), run)
     print(f"\nrows: {path}")
     if not args.no_plot:
         title = f"Triton kernels, V = {args.vocab}, {args.dtype}: counted in an emulator, modelled"
@@ -195,7 +196,7 @@ def measure_gpu(
     print(f"\nmeasured on {machine}; V = {args.vocab}, {args.dtype}")
     print(kernel_measure.table(rows))
     path = output_path(args, re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-"))
-    report.write_csv(path, rows, run)
+    write_csv(path, list(rows), run)
     print(f"\nrows: {path}")
     return 0
 

@@ -38,13 +38,18 @@ def goals_text(goals: list[Goal], headline: int) -> str:
     """Return goals as aligned lines."""
     if not goals:
         return f"goals: none can be judged without V = {headline}"
+    return goal_lines(f"goals, V = {headline} (of the speeds: on a CPU)", goals)
+
+
+def goal_lines(heading: str, goals: list[Goal], found: str = "measured") -> str:
+    """Return goals as aligned lines under a heading; `found` says how the figures were had."""
     columns = ("what", "goal", "measured")
     widths = {name: max(len(getattr(goal, name)) for goal in goals) for name in columns}
-    lines = [f"goals, V = {headline} (of the speeds: on a CPU)"]
+    lines = [heading]
     for goal in goals:
         what, target, measured = (getattr(goal, name).ljust(widths[name]) for name in columns)
         verdict = "met" if goal.met else "MISSED"
-        lines.append(f"  {what}  goal {target}  measured {measured}  {verdict}")
+        lines.append(f"  {what}  goal {target}  {found} {measured}  {verdict}")
     return "\n".join(lines)
 
 

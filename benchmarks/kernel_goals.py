@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from goals import Goal
+from goals import Goal, goal_lines
 from kernel_peers import OURS, TRL
 from kernel_report import BINDING, MEMORY, PTX, TIME, Rows, next_resource
 
@@ -27,13 +27,7 @@ def judge(rows: Rows) -> list[Goal]:
 def goals_text(goals: list[Goal]) -> str:
     if not goals:
         return f"goals: none can be judged without V = {VOCAB_SIZE} and {DTYPE}"
-    columns = ("what", "goal", "measured")
-    widths = {name: max(len(getattr(goal, name)) for goal in goals) for name in columns}
-    lines = [f"goals, V = {VOCAB_SIZE}, {DTYPE}"]
-    for goal in goals:
-        what, target, found = (getattr(goal, name).ljust(widths[name]) for name in columns)
-        lines.append(f"  {what}  goal {target}  found {found}  {'met' if goal.met else 'MISSED'}")
-    return "\n".join(lines)
+    return goal_lines(f"goals, V = {VOCAB_SIZE}, {DTYPE}", goals, found="found")
 
 
 def _instructions(rows: Rows) -> Iterator[Goal]:

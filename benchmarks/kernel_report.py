@@ -1,9 +1,8 @@
 """The kernel benchmark's rows, and the tables, the CSV file and the plot that are made of them."""
 
-import csv
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,20 +177,6 @@ def next_resource(rows: Rows, **where: str) -> tuple[str, float]:
 
 def _text(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def write_csv(path: Path, rows: Iterable[Row], run: dict[str, str]) -> None:
-    """Write rows, and beside each what the whole run shares: versions, sizes, command."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = [field.name for field in dataclasses.fields(Row)]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *run], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells: dict[str, Any] = dataclasses.asdict(row) | run
-            if isinstance(row.value, float):
-                cells["value"] = f"{row.value:.6g}"
-            writer.writerow(cells)
 
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's: told apart by everybody

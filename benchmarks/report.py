@@ -3,8 +3,9 @@
 import csv
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 FORWARD = "forward"
 BACKWARD = "forward+backward"
@@ -107,15 +108,15 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
-def write_csv(path: Path, rows: list[Row], run: dict[str, str | int | float]) -> None:
-    """Write rows, and beside each what the whole run shares: machine, versions, seed, command."""
+def write_csv(path: Path, rows: Sequence[Any], run: Mapping[str, str | int | float]) -> None:
+    """Write rows of a dataclass, and beside each what the whole run shares: versions, command."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = [field.name for field in dataclasses.fields(Row)]
+    columns = [field.name for field in dataclasses.fields(rows[0])]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, *run], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            cells = dataclasses.asdict(row) | run
+            cells = dataclasses.asdict(row) | dict(run)
             writer.writerow(
                 {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells.items()}
             )
