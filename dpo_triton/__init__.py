@@ -2,6 +2,14 @@
 
 from . import reference
 from ._version import __version__
+from .linear import fused_linear_seq_logprob, fused_linear_token_logprob
 from .seq_logprob import fused_seq_logprob, fused_token_logprob
 
-__all__ = ["__version__", "fused_seq_logprob", "fused_token_logprob", "reference"]
+__all__ = [
+    "__version__",
+    "fused_linear_seq_logprob",
+    "fused_linear_token_logprob",
+    "fused_seq_logprob",
+    "fused_token_logprob",
+    "reference",
+]

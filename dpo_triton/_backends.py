@@ -18,7 +18,13 @@ class Backend(NamedTuple):
     partials: Callable[..., tuple[Tensor, Tensor, Tensor]]
     combine: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     grad: Callable[..., Tensor]
-    num_splits: Callable[[int], int]  # vocabulary size -> entries of the partials for each token
+    num_splits: Callable[[int], int]  # columns -> entries of the partials for each token
+    on_host: bool  # values can be read without waiting for a device
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether wrong labels and cu_seqlens raise: on a GPU only if it may be waited for."""
+        return self.on_host or os.environ.get("DPO_TRITON_DEBUG") == "1"
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -58,14 +64,14 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
 def _torch_backend() -> Backend:
     from . import _torch_stages as stages
 
-    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits)
+    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, True)
 
 
 @functools.cache
 def _triton_backend() -> Backend:
     from . import kernels as stages
 
-    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits)
+    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, False)
 
 
 def _triton_serves(device_type: str, interpret: str) -> bool:

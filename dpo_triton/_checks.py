@@ -59,17 +59,92 @@ def check_logits(logits: Tensor, cu_seqlens: Tensor | None, inplace_backward: bo
             )
 
 
-def check_tokens(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+def check_hidden(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    """Shape, dtype and device of what stands beside the logits."""
+    """Dtype, dimensions and device of hidden states and head."""
+    tensors = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in LOGITS_DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+        if tensor.device.type == "mps":
+            raise ValueError(
+                f"{name} is on an mps device, which has no float64 for the sums over tokens; "
+                f"pass {name}.cpu()"
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}; "
+                f"pass {name}.to(hidden.device)"
+            )
+    if cu_seqlens is None and hidden.ndim != 3:
+        raise ValueError(
+            f"hidden must be (B, T, H), got {tuple(hidden.shape)}; for packed (N, H) hidden states "
+            "pass cu_seqlens, for one sequence hidden[None] and labels[None]"
+        )
+    if cu_seqlens is not None and hidden.ndim != 2:
+        raise ValueError(
+            f"hidden must be (N, H) with cu_seqlens, got {tuple(hidden.shape)}; "
+            "drop cu_seqlens for a padded batch, or flatten to hidden.flatten(0, 1)"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        cure = "pass weight.t()" if weight.shape[:1] == hidden.shape[-1:] else "pass lm_head.weight"
+        raise ValueError(
+            f"weight must be (V, H) = (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}; {cure}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one token, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must be (V,) = ({weight.shape[0]},) for weight {tuple(weight.shape)}, "
+            f"got {tuple(bias.shape)}"
+        )
+
+
+def check_product_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """One dtype, where autocast does not choose it."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}; "
+                f"pass hidden.to({name}.dtype), or run under torch.autocast"
+            )
+
+
+def check_tile_bytes(tile_bytes: int | None) -> None:
+    """A positive number of bytes."""
+    if tile_bytes is None:
+        return
+    if isinstance(tile_bytes, bool) or not isinstance(tile_bytes, int):
+        raise TypeError(f"tile_bytes must be an int or None, got {type(tile_bytes).__name__}")
+    if tile_bytes <= 0:
+        raise ValueError(
+            f"tile_bytes must be positive, got {tile_bytes}; None is the default of the device"
+        )
+
+
+def check_tokens(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    name_of_logits: str = "logits",
+) -> None:
+    """Shape, dtype and device of what stands beside the logits, or what they are made of."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"labels must have shape {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, "
-            f"got {tuple(labels.shape)}; labels[b, t] is scored by logits[b, t]: for next tokens "
-            "pass both whole, with shift=True"
+            f"labels must have shape {tuple(logits.shape[:-1])} for {name_of_logits} "
+            f"{tuple(logits.shape)}, got {tuple(labels.shape)}; labels[b, t] is scored by "
+            f"{name_of_logits}[b, t]: for next tokens pass both whole, with shift=True"
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}; call labels.long()")
@@ -102,8 +177,8 @@ def check_tokens(
     for name, tensor in tensors.items():
         if tensor.device != logits.device:
             raise ValueError(
-                f"{name} must be on the device of logits, {logits.device}, got {tensor.device}; "
-                f"pass {name}.to(logits.device)"
+                f"{name} must be on the device of {name_of_logits}, {logits.device}, got "
+                f"{tensor.device}; pass {name}.to({name_of_logits}.device)"
             )
 
 

@@ -5,7 +5,6 @@ An operator picks its backend when it runs. torch.compile sees an opaque call th
 describes.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +14,20 @@ from torch import Tensor
 from ._backends import resolve_backend
 from ._checks import check_cu_seqlens_values, check_scored_labels
 
-_SCALING = "float temperature, float logit_scale, float? softcap"
+SCALING = "float temperature, float logit_scale, float? softcap"
 _PARTIALS = (
     "(Tensor logits, Tensor labels, Tensor? mask, Tensor? cu_seqlens, bool shift, "
-    f"int ignore_index, {_SCALING}, str[] stats, str backend) -> (Tensor, Tensor, Tensor)"
+    f"int ignore_index, SymInt first_column, SymInt vocab_size, {SCALING}, str[] stats, "
+    "str backend) -> (Tensor, Tensor, Tensor)"
 )
 _COMBINE = (
     "(Tensor partials, Tensor target, Tensor weights, Tensor? cu_seqlens, str reduction, "
-    f"SymInt vocab_size, {_SCALING}, str[] stats, str backend) "
+    f"SymInt vocab_size, {SCALING}, str[] stats, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _GRAD_INPUTS = (
     "Tensor labels, Tensor weights, Tensor complement, Tensor reference, Tensor share, "
-    f"bool shift, {_SCALING}, str backend"
+    f"bool shift, SymInt first_column, {SCALING}, str backend"
 )
 _GRAD = f"(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor"
 _GRAD_ = f"(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()"
@@ -37,13 +37,13 @@ _GRAD_ = f"(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()"
 def partials(logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Partials (C, K, B * T), the targets' logits (B * T,) and the tokens' weights (B, T)."""
     *stage_inputs, backend = inputs
+    labels, _, cu_seqlens, _, _, _, vocab_size = inputs[:7]
     stages = resolve_backend(backend, logits.device, logits.dtype)
+    if stages.checks_values and cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, labels.numel())
     partials, target, weights = stages.partials(logits, *stage_inputs)
-    if os.environ.get("DPO_TRITON_DEBUG") == "1":  # what the torch backend checks at all times
-        labels, _, cu_seqlens = inputs[:3]
-        if cu_seqlens is not None:
-            check_cu_seqlens_values(cu_seqlens, labels.numel())
-        check_scored_labels(labels, weights, logits.shape[-1], cu_seqlens is not None)
+    if stages.checks_values:
+        check_scored_labels(labels, weights, vocab_size, cu_seqlens is not None)
     return partials, target, weights
 
 
@@ -55,15 +55,17 @@ def _(
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
+    first_column: int,
+    vocab_size: int,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
     stats: Sequence[str],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, seq_len, vocab_size = logits.shape
+    batch, seq_len, num_columns = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    num_splits = resolve_backend(backend, logits.device, logits.dtype).num_splits(vocab_size)
+    num_splits = resolve_backend(backend, logits.device, logits.dtype).num_splits(num_columns)
     return (
         logits.new_empty((2 + len(stats), num_splits, batch * seq_len), dtype=dtype),
         logits.new_empty(batch * seq_len, dtype=dtype),
@@ -137,11 +139,16 @@ def _(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
     return None
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "double backward: the gradient that dpo_triton computes cannot be differentiated again; "
-        "for second derivatives use dpo_triton.reference, which is plain PyTorch"
-    )
+def forbid_double_backward(operator: str) -> None:
+    """Have an operator that computes a gradient say so where it would be differentiated."""
+
+    def raise_error(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "double backward: the gradient that dpo_triton computes cannot be differentiated "
+            "again; for second derivatives use dpo_triton.reference, which is plain PyTorch"
+        )
+
+    torch.library.register_autograd(operator, raise_error)
 
 
-torch.library.register_autograd("dpo_triton::grad", _no_double_backward)
+forbid_double_backward("dpo_triton::grad")

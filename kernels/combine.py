@@ -73,7 +73,7 @@ def _combine_kernel(
         others = tl.zeros([BLOCK_T], tl.float64)
         weighted = tl.zeros([BLOCK_T], tl.float64)
         logit_sum = tl.zeros([BLOCK_T], tl.float64)
-        rivals = tl.zeros([BLOCK_T], tl.float32)
+        earlier = tl.full([BLOCK_T], -float("inf"), tl.float32)
         square_sum = tl.zeros([BLOCK_T], tl.float64)
         for k in range(num_splits):
             split_ptr = partials_ptr + k * num_tokens + n
@@ -92,7 +92,8 @@ def _combine_kernel(
                 logit_sum += tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
             if TOP1:
                 split_ptr += channel
-                rivals = tl.maximum(rivals, tl.load(split_ptr, mask=scored, other=0.0))
+                largest = tl.load(split_ptr, mask=scored, other=-float("inf"))
+                earlier = tl.maximum(earlier, largest)
             if LOG_SUM_SQ_PROBS:
                 split_ptr += channel
                 squares = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
@@ -142,7 +143,7 @@ def _combine_kernel(
             stat_ptr += num_tokens
         if TOP1:
             # The first maximum wins a tie, as in torch.argmax.
-            loses = (rivals > 0.0) | ((peak > target) & (peak > LOWEST))
+            loses = (earlier >= target) | ((peak > target) & (peak > LOWEST))
             tl.store(stat_ptr, tl.where(scored & ~loses, 1.0, 0.0), mask=inside)
             stat_ptr += num_tokens
         if LOG_SUM_SQ_PROBS:

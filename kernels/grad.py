@@ -53,18 +53,18 @@ def _logits_grad(
 @triton.jit(
     do_not_specialize=[
         "stride_grad_logps_b", "stride_grad_logps_t",
-        "num_tokens", "seq_len", "vocab_size", "num_splits",
+        "num_tokens", "seq_len", "num_columns", "num_splits", "first_column",
     ]
 )  # fmt: skip
 def _grad_kernel(
-    logits_ptr,  # (B, T, V), V contiguous
+    logits_ptr,  # (B, T, W), W contiguous
     labels_ptr,  # (B * T,) int32 or int64
     weights_ptr,  # (B * T,) float32, 0 where not scored
     grad_logps_ptr,  # (B, T) float32, any strides
     complement_ptr,  # (B * T,) float32
     reference_ptr,  # (B * T,) float32
     share_ptr,  # (B * T,) float32
-    grad_logits_ptr,  # (B, T, V), V contiguous, out; may be logits itself
+    grad_logits_ptr,  # (B, T, W), W contiguous, out; may be logits itself
     stride_logits_b,
     stride_logits_t,
     stride_grad_logps_b,
@@ -73,8 +73,9 @@ def _grad_kernel(
     stride_grad_logits_t,
     num_tokens,
     seq_len,
-    vocab_size,
+    num_columns,  # W
     num_splits,
+    first_column,  # of these columns in the vocabulary
     exponent_scale,
     slope,  # of z in u
     logit_scale,
@@ -96,13 +97,13 @@ def _grad_kernel(
     R: tl.constexpr = BLOCK_V // (THREADS * VEC)
     TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
     first = tl.program_id(0) % num_splits * SPLIT_V
-    bound = tl.minimum(first + SPLIT_V, vocab_size)
+    bound = tl.minimum(first + SPLIT_V, num_columns)
     # Full tiles load and store without a mask: a column bound would break their 16-byte accesses.
     tail = first + (bound - first) // BLOCK_V * BLOCK_V
 
     weight = tl.load(weights_ptr + n, mask=n < num_tokens, other=0.0)
     if weight != 0.0:
-        y = tl.load(labels_ptr + n).to(tl.int64)
+        y = tl.load(labels_ptr + n).to(tl.int64) - first_column
         upstream_ptr = grad_logps_ptr + n // seq_len * stride_grad_logps_b
         upstream = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32)
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
@@ -148,20 +149,21 @@ def grad(
     reference: Tensor,
     share: Tensor,
     shift: bool,
+    first_column: int,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of logits, (B, T, V) in their dtype, in `out` if given, which may be
-    logits.
+    """Return the gradient of logits, (B, T, W) in their dtype, in `out` if given, which may be
+    logits. They are the W columns from first_column on of the vocabulary.
 
     grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is.
     """
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    batch, seq_len, vocab_size = logits.shape
-    splits = triton.cdiv(vocab_size, SPLIT_V)
+    batch, seq_len, num_columns = logits.shape
+    splits = triton.cdiv(num_columns, SPLIT_V)
     if out.numel() == 0:
         return out
     with on_device(logits):
@@ -179,8 +181,9 @@ def grad(
             *out.stride()[:2],
             batch * seq_len,
             seq_len,
-            vocab_size,
+            num_columns,
             splits,
+            first_column,
             exponent_scale(temperature, logit_scale, softcap),
             slope(temperature, logit_scale, softcap),
             logit_scale,

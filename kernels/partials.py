@@ -41,11 +41,10 @@ def _fold(
     start,
     bound,
     y,
-    u_y,  # the target's u
     peak,  # (THREADS,) each, like all sums
     total,
     weighted,
-    rivals,
+    earlier,
     square_sum,
     exponent_scale,
     logit_scale,
@@ -71,7 +70,7 @@ def _fold(
         u = tl.where(own == y_own, -float("inf"), u)
     tile_peak = own_max(u)
     if TOP1 and not HAS_TARGET:
-        rivals = tl.where((tile_peak >= u_y) & (start < y), 1.0, rivals)
+        earlier = tl.where(start < y, tl.maximum(earlier, tile_peak), earlier)
     new_peak = tl.maximum(peak, tile_peak)
     new_exponent = rounded_product(new_peak, exponent_scale)
     drop = rounded_product(peak, exponent_scale) - new_exponent
@@ -85,7 +84,7 @@ def _fold(
     if LOG_SUM_SQ_PROBS:
         square_sum = square_sum * shrink * shrink + own_sum(e * e)
     total = total * shrink + own_sum(e)
-    return new_peak, total, weighted, rivals, square_sum
+    return new_peak, total, weighted, earlier, square_sum
 
 
 # Per thread, the largest u of the columns from start up to end, and their sum. In narrow tiles, so
@@ -117,25 +116,28 @@ def _max_and_sum(
 # its weight. Sizes are not specialised: a batch of another shape compiles nothing.
 @triton.jit(
     do_not_specialize=[
-        "num_tokens", "seq_len", "vocab_size", "num_splits", "num_sequences", "ignore_index",
+        "num_tokens", "seq_len", "num_columns", "num_splits", "num_sequences", "ignore_index",
+        "first_column", "vocab_size",
     ]
 )  # fmt: skip
 def _partials_kernel(
-    logits_ptr,  # (B, T, V), V contiguous; B and T strided, since callers slice logits
+    logits_ptr,  # (B, T, W), W contiguous; B and T strided, since callers slice logits
     labels_ptr,  # (B, T) int32 or int64
     mask_ptr,  # (B, T) any dtype, or None
     cu_seqlens_ptr,  # (S + 1,) int32 or int64, or None
     partials_ptr,  # (C, K, B * T) float32, out: peak, total, then what each stat asks for
-    target_ptr,  # (B * T,) float32, out: u of the target
+    target_ptr,  # (B * T,) float32, out: u of the target, -inf where it is not in these columns
     weights_ptr,  # (B, T) float32, out: 0 where a token is not scored
     stride_logits_b,
     stride_logits_t,
     num_tokens,
     seq_len,
-    vocab_size,
+    num_columns,  # W
     num_splits,
     num_sequences,
     ignore_index,
+    first_column,  # the columns are these W of a vocabulary of vocab_size
+    vocab_size,
     exponent_scale,  # slope / ln 2
     logit_scale,
     softcap,
@@ -173,10 +175,13 @@ def _partials_kernel(
         row = n - 1 if SHIFT else n
         row_ptr = logits_ptr + row // seq_len * stride_logits_b + row % seq_len * stride_logits_t
         in_vocabulary = (y >= 0) & (y < vocab_size)  # else NaN, never a stray read
-        x_y = tl.load(row_ptr + y, mask=in_vocabulary, other=float("nan")).to(tl.float32)
-        u_y = cap(x_y, logit_scale, softcap, HAS_SOFTCAP)
+        y -= first_column
+        is_here = in_vocabulary & (y >= 0) & (y < num_columns)
         if split == 0:
-            tl.store(target_ptr + n, u_y)
+            x_y = tl.load(row_ptr + y, mask=is_here, other=0.0).to(tl.float32)
+            u_y = cap(x_y, logit_scale, softcap, HAS_SOFTCAP)
+            elsewhere = tl.where(in_vocabulary, -float("inf"), float("nan"))
+            tl.store(target_ptr + n, tl.where(is_here, u_y, elsewhere))
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
         TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
@@ -184,10 +189,10 @@ def _partials_kernel(
         total = tl.zeros([THREADS], tl.float32)
         weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
         logit_sum = tl.zeros([THREADS], tl.float32)  # sum of u, target included
-        rivals = tl.zeros([THREADS], tl.float32)  # 1: an earlier token has no smaller logit
+        earlier = tl.full([THREADS], -float("inf"), tl.float32)  # max of u over j < y
         square_sum = tl.zeros([THREADS], tl.float32)  # sum of 4 ** exponent
         first = split * SPLIT_V
-        bound = tl.minimum(first + SPLIT_V, vocab_size)
+        bound = tl.minimum(first + SPLIT_V, num_columns)
         # Full tiles load without a mask: a column bound would break their 16-byte loads.
         tail = first + (bound - first) // BLOCK_V * BLOCK_V
         for start in range(first, tail, BLOCK_V):
@@ -197,35 +202,35 @@ def _partials_kernel(
             # Two whole branches: one that only changed u would copy the tile in every iteration.
             if (y >= start) & (y < start + BLOCK_V):
                 if TOP1:
-                    earlier, _ = _max_and_sum(
+                    here, _ = _max_and_sum(
                         row_ptr, start, y, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
                     )
-                    rivals = tl.where(earlier >= u_y, 1.0, rivals)
-                peak, total, weighted, rivals, square_sum = _fold(
-                    x, start, bound, y, u_y, peak, total, weighted, rivals, square_sum,
+                    earlier = tl.maximum(earlier, here)
+                peak, total, weighted, earlier, square_sum = _fold(
+                    x, start, bound, y, peak, total, weighted, earlier, square_sum,
                     exponent_scale, logit_scale, softcap, False, True,
                     HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
                 )  # fmt: skip
             else:
-                peak, total, weighted, rivals, square_sum = _fold(
-                    x, start, bound, y, u_y, peak, total, weighted, rivals, square_sum,
+                peak, total, weighted, earlier, square_sum = _fold(
+                    x, start, bound, y, peak, total, weighted, earlier, square_sum,
                     exponent_scale, logit_scale, softcap, False, False,
                     HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
                 )  # fmt: skip
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
             x = load_tail(row_ptr + start, bound - start, -float("inf"), TAIL_R, THREADS, VEC)
-            peak, total, weighted, rivals, square_sum = _fold(
-                x, start, bound, y, u_y, peak, total, weighted, rivals, square_sum,
+            peak, total, weighted, earlier, square_sum = _fold(
+                x, start, bound, y, peak, total, weighted, earlier, square_sum,
                 exponent_scale, logit_scale, softcap, True, True,
                 HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
             )  # fmt: skip
         if tail < bound:
             if TOP1:
                 end = tl.minimum(y, bound)
-                earlier, _ = _max_and_sum(
+                here, _ = _max_and_sum(
                     row_ptr, tail, end, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
                 )
-                rivals = tl.where(earlier >= u_y, 1.0, rivals)
+                earlier = tl.maximum(earlier, here)
             if MEAN_LOGIT:
                 _, tail_sum = _max_and_sum(
                     row_ptr, tail, bound, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
@@ -251,15 +256,15 @@ def _partials_kernel(
             tl.store(out_ptr, tl.sum(logit_sum))
             out_ptr += channel
         if TOP1:
-            tl.store(out_ptr, tl.max(rivals))
+            tl.store(out_ptr, tl.max(earlier))
             out_ptr += channel
         if LOG_SUM_SQ_PROBS:
             tl.store(out_ptr, tl.sum(square_sum * shrink * shrink))
 
 
-def num_splits(vocab_size: int) -> int:
+def num_splits(num_columns: int) -> int:
     """Entries of the partials for each token."""
-    return (vocab_size + SPLIT_V - 1) // SPLIT_V
+    return (num_columns + SPLIT_V - 1) // SPLIT_V
 
 
 def partials(
@@ -269,6 +274,8 @@ def partials(
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
+    first_column: int,
+    vocab_size: int,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -276,12 +283,14 @@ def partials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return float32 partials (C, K, B * T), target (B * T,) and weights (B, T).
 
-    C is 2 (peak, total) and one more for each of `stats`; K the splits of SPLIT_V columns. What
-    belongs to a token that is not scored is left unwritten, but for its weight, which is 0.
+    logits are the columns from first_column on of a vocabulary of vocab_size: all of them, or some,
+    and then the partials of others have their place beside these, and the target is -inf where
+    others have it. C is 2 (peak, total) and one more for each of `stats`; K the splits of SPLIT_V
+    columns. What belongs to a token that is not scored is left unwritten, but for its weight, 0.
     """
-    batch, seq_len, vocab_size = logits.shape
+    batch, seq_len, num_columns = logits.shape
     num_tokens = batch * seq_len
-    splits = num_splits(vocab_size)
+    splits = num_splits(num_columns)
     weights = torch.empty((batch, seq_len), dtype=torch.float32, device=logits.device)
     target = weights.new_empty(num_tokens)
     partials = weights.new_empty((2 + len(stats), splits, num_tokens))
@@ -300,10 +309,12 @@ def partials(
             logits.stride(1),
             num_tokens,
             seq_len,
-            vocab_size,
+            num_columns,
             splits,
             0 if cu_seqlens is None else cu_seqlens.numel() - 1,
             ignore_index,
+            first_column,
+            vocab_size,
             exponent_scale(temperature, logit_scale, softcap),
             logit_scale,
             softcap or 0.0,

@@ -107,7 +107,7 @@ def test_opcheck(packed, backend, device):
         logits, labels, mask = logits.view(1, 8, 130), labels.view(1, 8), mask.view(1, 8)
         cu_seqlens = torch.tensor([0, 3, 8], device=device)
     options = (1.5, 1.0, None, ["entropy", "top1"], backend)
-    partials_inputs = (logits, labels, mask, cu_seqlens, False, -100, *options)
+    partials_inputs = (logits, labels, mask, cu_seqlens, False, -100, 0, 130, *options)
     torch.library.opcheck(_ops.partials, partials_inputs)
     partials = _ops.partials(*partials_inputs)
     for reduction in ("mean", "none"):
@@ -115,6 +115,6 @@ def test_opcheck(packed, backend, device):
         torch.library.opcheck(_ops.combine, combine_inputs)
     _, _, logps, *of_tokens, _ = _ops.combine(*combine_inputs)
     grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
-    inputs = (labels, partials[2], *of_tokens, False, 1.5, 1.0, None, backend)
+    inputs = (labels, partials[2], *of_tokens, False, 0, 1.5, 1.0, None, backend)
     torch.library.opcheck(_ops.grad, (grad_logps, logits, *inputs))
     torch.library.opcheck(_ops.grad_, (grad_logps, logits.clone(), *inputs))

@@ -37,18 +37,18 @@ def test_forward_allocates_no_more_than_the_buffer(share, dtype):
     logits, labels, _ = make_batch((4, 32, 50257), dtype)
     mask = torch.rand(4, 32) < share
     with Allocations() as allocations:
-        partials(logits, labels, mask, None, False, -100, 1.0, 1.0, None, [])
+        partials(logits, labels, mask, None, False, -100, 0, 50257, 1.0, 1.0, None, [])
     assert allocations.largest <= 7 << 20
 
 
 def test_backward_allocates_one_gradient():
     logits, labels, mask = make_batch((4, 32, 50257), torch.bfloat16)
-    stages = partials(logits, labels, mask, None, False, -100, 1.0, 1.0, None, [])
+    stages = partials(logits, labels, mask, None, False, -100, 0, 50257, 1.0, 1.0, None, [])
     ones = torch.ones_like(stages[2])
     row = torch.ones(labels.numel())
     for out in (None, logits):
         with Allocations() as allocations:
-            grad(ones, logits, labels, stages[2], ones, row, row, False, 1.0, 1.0, None, out)
+            grad(ones, logits, labels, stages[2], ones, row, row, False, 0, 1.0, 1.0, None, out)
         assert allocations.largest <= (7 << 20)  # the gradient comes from NumPy
 
 

@@ -83,6 +83,12 @@ def split_like(x: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.split_with_sizes(x, [len(part) for part in parts])
 
 
+def own_columns(labels: Tensor, first_column: int, num_columns: int) -> Tensor:
+    """Labels (M,) as columns (M, 1) of those from first_column on; num_columns if not of them."""
+    y = labels.long()[:, None] - first_column
+    return torch.where((y >= 0) & (y < num_columns), y, num_columns)
+
+
 class Workspace:
     """The rows of a block in float32 (or float64), from logits to exponentials.
 
@@ -94,8 +100,9 @@ class Workspace:
 
     def __init__(self, logits: Tensor, num_rows: int, dtype: torch.dtype) -> None:
         num_threads = torch.get_num_threads()
-        self.vocab_size = logits.shape[-1]
-        pitch = _round_up(self.vocab_size, 2 * LONGEST_VECTOR * num_threads)
+        self.num_columns = logits.shape[-1]
+        # One column more at least: it takes what is written to a target in other columns.
+        pitch = _round_up(self.num_columns + 1, 2 * LONGEST_VECTOR * num_threads)
         self.max_rows = max(1, min(num_rows, BUFFER_NUMEL // pitch))
         self.min_rows = -(-num_threads * GRAIN // pitch)  # below that, not all threads take part
         shape = (max(self.max_rows, self.min_rows), pitch)
@@ -114,7 +121,7 @@ class Workspace:
 
     def rows(self, num_rows: int) -> Tensor:
         """The first rows without their padding, (R, V)."""
-        return self.padded[:num_rows, : self.vocab_size]
+        return self.padded[:num_rows, : self.num_columns]
 
     def block(self, num_rows: int) -> Tensor:
         """The first rows with all padding."""
@@ -128,6 +135,10 @@ class Workspace:
     def exp2_(self, num_rows: int) -> None:
         """Exponents to exponentials."""
         self.block(num_rows).exp2_()
+
+    def fill_target_(self, y: Tensor, value: float | Tensor) -> None:
+        """Write value, or values (R, 1), to column y[r] of each of the first R rows."""
+        self.padded[: len(y)].scatter_(1, y, value)
 
     def pad(self, offsets: Tensor) -> Tensor:
         """(M, 1), with as many more as the padding of the last block takes."""

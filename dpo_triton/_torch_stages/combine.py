@@ -97,7 +97,7 @@ def _combine_tokens(
         elif name == "mean_logit":
             combined.append(channel.sum(0) * (scale * LN2 / vocab_size))
         elif name == "top1":
-            combined.append(1.0 - channel.amax(0))
+            combined.append((channel.amax(0) < target).double())
         elif name == "log_sum_sq_probs":
             squares = (channel * shrink**2).sum(0) * row_shrink**2 + e_y**2
             combined.append((squares.log2() - 2 * total.log2()) * LN2)

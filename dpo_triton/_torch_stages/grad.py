@@ -8,6 +8,7 @@ from ._rows import (
     Workspace,
     blocks,
     exponent_scale,
+    own_columns,
     row_grid,
     row_numbers,
     split_like,
@@ -24,12 +25,15 @@ def grad(
     reference: Tensor,
     share: Tensor,
     shift: bool,
+    first_column: int,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of logits, (B, T, V), in `out` if given, which may be logits itself.
+    """Return the gradient of logits, (B, T, W), in `out` if given, which may be logits itself.
+
+    They are the W columns from first_column on of the vocabulary.
 
     grad_logps is (B, T); it is not read where a token is not scored.
     """
@@ -60,7 +64,8 @@ def grad(
     workspace = Workspace(logits, len(rows), dtype)
     chain = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
     offsets = workspace.pad(-of_rows(reference))
-    per_row = (of_rows(labels).long(), target_grad, scaled_share)
+    y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
+    per_row = (y, target_grad, scaled_share)
     per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
     lo = 0
     for runs, (y_here, target_here, scale_here) in zip(
@@ -73,7 +78,8 @@ def grad(
             chain[:num_rows].square_().neg_().add_(1).mul_(logit_scale)
         workspace.to_exponents(num_rows, offsets[lo:], scale)
         workspace.exp2_(num_rows)
-        d.mul_(scale_here).scatter_(1, y_here, target_here)
+        d.mul_(scale_here)
+        workspace.fill_target_(y_here, target_here)
         if softcap is not None:
             d.mul_(chain[:num_rows])
         places = views(out_grid, runs)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_cu_seqlens_values, check_scored_labels
+from .._weights import token_weights
 from ._rows import (
     Workspace,
     blocks,
     cap_,
     exponent_error,
     exponent_scale,
+    own_columns,
     row_grid,
     row_numbers,
     views,
@@ -27,7 +28,7 @@ TRUSTED = 2.0**24
 LOWEST = -(2.0**100)
 
 
-def num_splits(vocab_size: int) -> int:
+def num_splits(num_columns: int) -> int:
     """Entries of the partials for each token: a row is summed as a whole."""
     return 1
 
@@ -39,34 +40,32 @@ def partials(
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
+    first_column: int,
+    vocab_size: int,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
     stats: Sequence[str],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return partials (C, 1, B * T), target (B * T,) and weights (B, T), float32 or float64 like
-    the logits.
+    the logits, which are the columns from first_column on of a vocabulary of vocab_size.
 
-    C is 2 (peak, total) and one more for each of `stats`.
-
-    Raises:
-        IndexError: a scored label outside of the vocabulary.
-        ValueError: cu_seqlens that do not run from 0 to the number of tokens.
+    C is 2 (peak, total) and one more for each of `stats`. The target is -inf where it is not in
+    these columns.
     """
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, labels.numel())
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    weights = _token_weights(labels, mask, cu_seqlens, shift, ignore_index, dtype)
-    check_scored_labels(labels, weights, logits.shape[-1], cu_seqlens is not None)
+    weights = token_weights(labels, mask, cu_seqlens, shift, ignore_index, dtype)
     scored = weights.flatten().nonzero().squeeze(1)
-    y = labels.flatten().index_select(0, scored).long()[:, None]
+    y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
 
     scale = exponent_scale(temperature, logit_scale, softcap, dtype)
     grid = row_grid(logits)
     rows = row_numbers(scored, shift)
     row = scored - int(shift)
-    x_y = grid[row // grid.shape[1], row % grid.shape[1], y[:, 0]]
+    num_columns = logits.shape[-1]
+    x_y = grid[row // grid.shape[1], row % grid.shape[1], y[:, 0].clamp(max=num_columns - 1)]
     target = cap_(x_y.to(dtype), logit_scale, softcap)
+    target.masked_fill_(y[:, 0] == num_columns, -math.inf)
 
     workspace = Workspace(logits, len(rows), dtype)
     spare = torch.empty_like(workspace.rows(workspace.max_rows)) if "entropy" in stats else None
@@ -92,8 +91,10 @@ def partials(
     for n in is_poor.nonzero().flatten().tolist():
         one = slice(n, n + 1)
         u = workspace.load(grid, [(int(rows[n]), 1)], logit_scale, softcap)
-        others_peak = u.scatter(1, y[one], -math.inf).amax(1, keepdim=True)
+        workspace.fill_target_(y[one], -math.inf)
+        others_peak = u.amax(1, keepdim=True)
         peak[one] = others_peak.clamp_(min=LOWEST)
+        workspace.load(grid, [(int(rows[n]), 1)], logit_scale, softcap)
         out = [x[one] for x in channels[1:]]
         _fold(workspace, y[one], scale, workspace.pad(peak[one] * -scale), out, spare, stats)
     _make_exact(channels, scale, stats)
@@ -121,10 +122,10 @@ def _fold(
     sums = dict(zip(stats, rest, strict=True))
     if "mean_logit" in sums:
         _row_sums(x, out=sums["mean_logit"])
-    if "top1" in sums:  # 0 where the label is the first maximum
-        torch.ne(x.argmax(1, keepdim=True), y, out=sums["top1"])
+    if "top1" in sums:
+        sums["top1"].copy_(_rival(x, y))
     workspace.to_exponents(num_rows, offsets, scale)
-    x.scatter_(1, y, -math.inf)
+    workspace.fill_target_(y, -math.inf)
     if spare is not None:
         products = torch.clamp(x, min=-1.0e4, out=spare[:num_rows])  # 0 * -inf is NaN
     workspace.exp2_(num_rows)
@@ -133,6 +134,16 @@ def _fold(
         _row_sums(products.mul_(x), out=sums["entropy"])
     if "log_sum_sq_probs" in sums:
         _row_sums(x.square_(), out=sums["log_sum_sq_probs"])
+
+
+def _rival(u: Tensor, y: Tensor) -> Tensor:
+    """(R, 1): the target is the first maximum of its row unless this is at least its u.
+
+    An equal u wins in an earlier column. In a later one it does not: there the next number below.
+    """
+    largest, column = u.max(1, keepdim=True)
+    below = torch.nextafter(largest, largest.new_tensor(-math.inf))
+    return torch.where(column < y, largest, below.masked_fill(column == y, -math.inf))
 
 
 def _make_exact(channels: Tensor, scale: float, stats: Sequence[str]) -> None:
@@ -154,21 +165,3 @@ def _row_sums(x: Tensor, out: Tensor) -> None:
         torch.sum(x, 1, keepdim=True, out=out)
     else:
         out.copy_(x.expand(2, -1).sum(1)[0])
-
-
-def _token_weights(
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight of each token, (B, T) of dtype, 0 where it is not scored."""
-    weights = torch.ones_like(labels, dtype=dtype) if mask is None else mask.to(dtype, copy=True)
-    weights = weights.contiguous().masked_fill_(labels == ignore_index, 0.0)
-    if shift and cu_seqlens is not None:  # nothing predicts the first token of a sequence
-        weights[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0.0
-    elif shift:
-        weights[:, :1] = 0.0
-    return weights
