@@ -92,7 +92,7 @@ def fused_linear_seq_logprob(
             backend: see `fused_seq_logprob`. logit_scale multiplies the bias too.
         tile_bytes: memory for logits; by default 56 MiB on a CPU, 256 MiB on a GPU. Tiles that it
             has room for are kept for the backward pass of a head that trains, the others are made
-            again there. One row of a tile is always made, 2048 logits.
+            again there. A tile has at least one row, of 4096 logits.
 
     Returns:
         (B,) or (S,) float32, float64 for float64 products; 0, with gradients of 0, for a sequence
