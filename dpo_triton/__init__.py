@@ -3,6 +3,7 @@
 from . import reference
 from ._version import __version__
 from .linear import fused_linear_seq_logprob, fused_linear_token_logprob
+from .model import seq_logprob_from_model
 from .seq_logprob import fused_seq_logprob, fused_token_logprob
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "fused_seq_logprob",
     "fused_token_logprob",
     "reference",
+    "seq_logprob_from_model",
 ]

@@ -1,0 +1,279 @@
+"""A transformers model's sequence log-probabilities, against its own full logits in float64."""
+
+import copy
+import os
+
+import pytest
+import torch
+from batches import max_error
+from processes import run_processes
+from torch import Tensor, nn
+
+from dpo_triton import reference, seq_logprob_from_model
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
+
+# Odd, and no multiple of anything: a head's last tile is never full.
+VOCAB_SIZE = 517
+SMALL = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+# What is peculiar to the head of each.
+FAMILIES = {
+    "llama": {},
+    "qwen3": dict(tie_word_embeddings=True),
+    "gemma2": dict(final_logit_softcapping=3.0),
+    "gemma3_text": dict(final_logit_softcapping=2.0),
+    "cohere": dict(logit_scale=0.25),
+    "granite": dict(logits_scaling=4.0, embedding_multiplier=3.0),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=32),
+    "phi": {},  # a bias
+    "falcon_h1": dict(
+        lm_head_multiplier=0.5, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16
+    ),
+}
+SLOW = ("falcon_h1",)
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():  # so large that a softcap bends, and no gradient is near 0
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    return model
+
+
+def tiny_batch() -> dict[str, Tensor]:
+    """Three answers, the second sequence padded, and one sequence without an answer."""
+    input_ids = torch.randint(3, VOCAB_SIZE, (4, 11))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 7:] = 0
+    mask = torch.zeros(4, 11)
+    mask[0, 4:] = torch.rand(7) + 0.5
+    mask[1, 3:7] = 1
+    mask[3, 10:] = 1
+    return dict(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
+
+
+def gradients(values: Tensor, model: nn.Module, upstream: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(values, list(named.values()), upstream, allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(named.items(), grads, strict=True)
+    }
+
+
+def by_full_logits(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return reference.seq_logprob(logits, batch["input_ids"], batch["mask"], shift=True, **options)
+
+
+def assert_same(model: nn.Module, batch: dict[str, Tensor], rtol: float = 1e-9) -> None:
+    upstream = torch.randn(4, dtype=torch.float64)
+    values = seq_logprob_from_model(model, **batch)
+    exact = by_full_logits(model, batch)
+    assert values[2] == 0
+    assert max_error(values, exact.detach()) <= rtol * float(exact.detach().abs().max())
+    ours, theirs = (gradients(x, model, upstream.to(x.dtype)) for x in (values, exact))
+    for name, grad in ours.items():
+        assert max_error(grad, theirs[name]) <= rtol * (1e-3 + float(theirs[name].abs().max())), (
+            name
+        )
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in FAMILIES]
+)
+def test_values_and_gradients_of_every_parameter(family):
+    assert_same(tiny_model(family), tiny_batch())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_float32(family):
+    """The dtype that people train in, against the same weights in float64."""
+    model, batch = tiny_model(family, torch.float32), tiny_batch()
+    values = seq_logprob_from_model(model, **batch, reduction="sum", temperature=1.3)
+    assert values.dtype == torch.float32
+    exact = by_full_logits(model.double(), batch, reduction="sum", temperature=1.3)
+    assert max_error(values, exact.detach()) <= 1e-4 * float(exact.detach().abs().max())
+
+
+def test_defaults_score_every_real_token():
+    model, batch = tiny_model("llama"), tiny_batch()
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    values, stats = seq_logprob_from_model(model, ids, attention, stats=("lengths", "token_logps"))
+    assert stats["lengths"].tolist() == [10.0, 6.0, 10.0, 10.0]  # all but the first of each
+    assert stats["token_logps"].shape == ids.shape
+    expected = reference.seq_logprob(model(ids, attention).logits, ids, attention, shift=True)
+    assert max_error(values, expected.detach()) <= 1e-12
+    labels = ids.masked_fill(batch["mask"] == 0, -100)
+    by_labels = seq_logprob_from_model(model, ids, attention, labels)
+    by_mask = seq_logprob_from_model(model, ids, attention, mask=batch["mask"] != 0)
+    assert torch.equal(by_labels, by_mask)
+
+
+def test_the_head_makes_no_logits():
+    """Outside of the operator, whose tiles have tests of their own, nothing has V columns."""
+    model, batch = tiny_model("llama", torch.float32), tiny_batch()
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape[-1:] == (VOCAB_SIZE,):
+                largest = max(largest, out.numel() // VOCAB_SIZE)
+            return out
+
+    with Sizes():
+        seq_logprob_from_model(model, **batch)
+        assert largest == 0
+        by_full_logits(model, batch)
+        assert largest == 44
+
+
+def test_autocast():
+    model, batch = tiny_model("llama", torch.float32), tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = seq_logprob_from_model(model, **batch)
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert values.dtype == torch.float32
+    exact = reference.seq_logprob(logits.double(), batch["input_ids"], batch["mask"], shift=True)
+    assert max_error(values, exact.detach()) <= 1e-3 * float(exact.detach().abs().max())
+    values.sum().backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    assert model.lm_head.weight.grad.isfinite().all()
+
+
+def test_lora_of_the_backbone_and_a_saved_head():
+    peft = pytest.importorskip("peft")
+    for extra in ({}, dict(modules_to_save=["lm_head"])):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **extra)
+        model = peft.get_peft_model(tiny_model("llama"), config).double()
+        batch = tiny_batch()
+        assert_same(model, batch)
+        if extra:
+            with torch.no_grad():
+                model.get_output_embeddings().modules_to_save["default"].weight.mul_(2.0)
+            assert_same(model, batch)
+        with model.disable_adapter(), torch.no_grad():
+            plain = by_full_logits(model, batch)
+            assert max_error(seq_logprob_from_model(model, **batch), plain) <= 1e-12
+
+
+def test_an_adapter_on_the_head_is_an_error():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(TypeError, match=r"carries an adapter.*modules_to_save.*merge"):
+        seq_logprob_from_model(model, **tiny_batch())
+    merged = model.double().merge_and_unload()
+    assert_same(merged.requires_grad_(True), tiny_batch())
+
+
+def test_what_a_model_does_to_its_logits_is_checked():
+    class Doubled(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    model = Doubled(tiny_model("llama").config)
+    with pytest.raises(ValueError, match=r"Doubled treats its logits.*30.0.*60.0.*logit_scale"):
+        seq_logprob_from_model(model, **tiny_batch())
+    model.config.logit_scale = 2.0  # now the configuration says so
+    assert_same(model.double(), tiny_batch())
+
+
+def test_errors_and_a_head_left_as_it_was():
+    batch = tiny_batch()
+    with pytest.raises(TypeError, match="get_output_embeddings"):
+        seq_logprob_from_model(nn.Linear(3, 3), **batch)
+    model = tiny_model("llama")
+    backbone = transformers.AutoModel.from_config(model.config)
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Linear, got NoneType"):
+        seq_logprob_from_model(backbone, **batch)
+    with pytest.raises(ValueError, match="mask must have the shape of labels"):
+        seq_logprob_from_model(model, batch["input_ids"], mask=batch["mask"][:, 1:])
+    assert "forward" not in vars(model.lm_head)
+    model.lm_head.forward = lambda hidden: hidden
+    with pytest.raises(TypeError, match="has been replaced"):
+        seq_logprob_from_model(model, **batch)
+
+
+def wrapped_gradients(wrapper: str, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """In a process: values and gradients of this rank's half of the batch under a wrapper."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(seed)
+    model, batch = tiny_model("llama"), tiny_batch()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if wrapper.startswith("ddp"):
+        model = DistributedDataParallel(model, find_unused_parameters=wrapper == "ddp unused")
+    else:
+        if wrapper == "fsdp2 head apart":
+            fully_shard(model.lm_head)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    own = {name: x[rank::world_size] for name, x in batch.items()}
+    values = seq_logprob_from_model(model, **own)
+    values.sum().backward()
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        grads[name.removeprefix("module.")] = grad
+    return values.detach(), grads
+
+
+def all_wrappers(seed: int) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    names = ("ddp", "ddp unused", "fsdp2", "fsdp2 head apart")
+    return {name: wrapped_gradients(name, seed) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ddp_and_fsdp2_equal_one_process(world_size):
+    """DistributedDataParallel and FSDP2 give the mean over ranks of what each has of the batch."""
+    seed = int(torch.randint(2**31, ()))
+    by_rank = run_processes(all_wrappers, world_size, seed)
+    torch.manual_seed(seed)
+    model, batch = tiny_model("llama"), tiny_batch()
+    values = by_full_logits(model, batch)
+    exact = gradients(values.sum() / world_size, model, torch.ones((), dtype=torch.float64))
+    for rank, wrappers in enumerate(by_rank):
+        for wrapper, (got, grads) in wrappers.items():
+            assert max_error(got, values[rank::world_size].detach()) <= 1e-12, wrapper
+            for name, grad in exact.items():
+                scale = 1e-3 + float(grad.abs().max())
+                assert max_error(grads[name], grad) <= 1e-9 * scale, (wrapper, name)
+
+
+def test_a_copy_of_the_model_is_the_reference():
+    """Policy equal to its reference, with and without gradients: a loss of exactly ln 2."""
+    policy, batch = tiny_model("llama", torch.float32), tiny_batch()
+    with torch.no_grad():
+        ref_logps = seq_logprob_from_model(copy.deepcopy(policy), **batch)
+    policy.requires_grad_(False)
+    policy.model.layers[0].requires_grad_(True)
+    frozen_head = seq_logprob_from_model(policy, **batch)
+    policy.requires_grad_(True)
+    trained_head = seq_logprob_from_model(policy, **batch)
+    assert torch.equal(ref_logps, frozen_head.detach())
+    assert torch.equal(ref_logps, trained_head.detach())
