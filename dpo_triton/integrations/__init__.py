@@ -1,1 +1,1 @@
-"""Adapters to training frameworks: a module each, imported by name; importing one patches nothing."""
+"""Adapters to training frameworks, a module each; importing one patches nothing."""

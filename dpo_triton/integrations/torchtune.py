@@ -2,6 +2,8 @@
 
     with dpo_triton.integrations.torchtune.fused():
         recipe.train()  # or: undo = enable(); ...; undo()
+
+Its PPO recipes call the second; they mask afterwards, so that each token is scored.
 """
 
 import torch
