@@ -147,10 +147,12 @@ def _rebind(slot: _Slot, before: Any, after: Any) -> None:
         return
     package = slot.owner.__name__.partition(".")[0]
     for module_name, module in list(sys.modules.items()):
-        if module_name == package or module_name.startswith(package + "."):
+        is_inside = module_name == package or module_name.startswith(package + ".")
+        if is_inside and isinstance(module, ModuleType):
             # vars: a getattr could make a lazy module import something
-            for name in [name for name, value in vars(module).items() if value is before]:
-                setattr(module, name, after)
+            for name, value in list(vars(module).items()):
+                if value is before:
+                    setattr(module, name, after)
 
 
 def _check_untouched(slot: _Slot) -> None:

@@ -1,7 +1,9 @@
 """LLaMA-Factory: `get_batch_logps` of its DPO and KTO trainers, fused.
 
-    with dpo_triton.integrations.llama_factory.fused():
-        run_exp(args)  # or: undo = enable(); ...; undo()
+    import dpo_triton.integrations.llama_factory
+
+    with dpo_triton.integrations.llama_factory.fused():  # or: undo = enable(); ...; undo()
+        run_exp(args)
 
 ORPO, SimPO and IPO divide by the returned length in its trainer: an empty answer is 0 / 0 there.
 """

@@ -1,7 +1,9 @@
 """ms-swift: `get_per_token_logps` of its DPO and KTO trainers, fused.
 
-    with dpo_triton.integrations.ms_swift.fused():
-        rlhf_main(args)  # or: undo = enable(); ...; undo()
+    import dpo_triton.integrations.ms_swift
+
+    with dpo_triton.integrations.ms_swift.fused():  # or: undo = enable(); ...; undo()
+        rlhf_main(args)
 
 Its CPO, ORPO and SimPO trainers take theirs from TRL, and its GRPO trainer calls another function.
 """

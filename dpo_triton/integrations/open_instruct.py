@@ -1,7 +1,9 @@
 """open-instruct: `calculate_per_token_logps` of its DPO trainers, fused.
 
-    with dpo_triton.integrations.open_instruct.fused():
-        dpo.main(args, tc)  # or: undo = enable(); ...; undo()
+    import dpo_triton.integrations.open_instruct
+
+    with dpo_triton.integrations.open_instruct.fused():  # or: undo = enable(); ...; undo()
+        dpo.main(args, tc)
 
 What it does with them is its own: its padded `dpo_norm` divides by the number of scored tokens,
 which is 0 / 0 for an empty answer.

@@ -1,7 +1,9 @@
 """OpenRLHF: `log_probs_from_logits`, which every trainer of it calls through its Actor, fused.
 
-    with dpo_triton.integrations.openrlhf.fused():
-        trainer.fit(args)  # or: undo = enable(); ...; undo()
+    import dpo_triton.integrations.openrlhf
+
+    with dpo_triton.integrations.openrlhf.fused():  # or: undo = enable(); ...; undo()
+        trainer.fit(args)
 
 Its own scales `logits` in place when the temperature is not 1; here they keep their values. The
 mask comes after this function, in its trainers, so rows of the prompt are scored too.

@@ -1,7 +1,9 @@
 """torchtune: `rlhf.get_batch_log_probs` of its DPO recipes and `rlhf.logits_to_logprobs`, fused.
 
-    with dpo_triton.integrations.torchtune.fused():
-        recipe.train()  # or: undo = enable(); ...; undo()
+    import dpo_triton.integrations.torchtune
+
+    with dpo_triton.integrations.torchtune.fused():  # or: undo = enable(); ...; undo()
+        recipe.train()
 
 Its PPO recipes call the second; they mask afterwards, so that each token is scored.
 """
