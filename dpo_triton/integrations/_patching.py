@@ -1,0 +1,177 @@
+"""Puts functions of this package in the place of a framework's own, and back.
+
+Everything is checked before anything is replaced, so that a refusal leaves the framework as it was.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import Any, NamedTuple
+
+Function = Callable[..., Any]
+Undo = Callable[[], None]
+
+
+class Replacement(NamedTuple):
+    owner: str  # "package.module" that defines it, or "package.module:Class" for a method
+    name: str
+    function: Function
+
+
+@dataclass(frozen=True)
+class Integration:
+    """What stands in for what, in which versions of a framework."""
+
+    framework: str
+    distribution: str  # its name on the package index
+    tested: tuple[str, ...]  # "0.9.5" is that release, "0.9" each 0.9.x; post-releases included
+    replacements: tuple[Replacement, ...]
+
+    def enable(self) -> Undo:
+        """Replace the framework's functions until the returned function is called.
+
+        A function is replaced in every module of the framework that holds it, also in those that
+        import it later. May be nested, and undone in any order: the latest that is not undone yet
+        is in force. Calling the undo again does nothing.
+
+        Raises:
+            ModuleNotFoundError: the framework is not installed.
+            RuntimeError: it has a version that was not tested, or lacks the function, or its
+                function takes other parameters. Nothing is replaced then.
+        """
+        self._check_version()
+        slots = [self._find(replacement) for replacement in self.replacements]
+        pending = [
+            (slot, _push(slot, replacement.function))
+            for slot, replacement in zip(slots, self.replacements, strict=True)
+        ]
+
+        def undo() -> None:
+            for slot, _ in pending:
+                _check_untouched(slot)
+            while pending:
+                _remove(*pending.pop())
+
+        return undo
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """`enable()` for the length of a `with` block; undone when an exception leaves it, too."""
+        undo = self.enable()
+        try:
+            yield
+        finally:
+            undo()
+
+    def _check_version(self) -> None:
+        versions = ", ".join(self.tested)
+        try:
+            version = metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            raise ModuleNotFoundError(
+                f"{self.framework} is not installed: there is no distribution "
+                f"{self.distribution!r}; install one of the tested versions, {versions}"
+            ) from None
+        if not any(_is_release(version, tested) for tested in self.tested):
+            raise RuntimeError(
+                f"{self.framework} {version} was not tested with dpo_triton, and nothing is "
+                f"replaced; install {self.distribution} in one of the tested versions, {versions}, "
+                "or call the functions of dpo_triton.integrations yourself"
+            )
+
+    def _find(self, replacement: Replacement) -> "_Slot":
+        """The place to put the function, which must hold one with the same parameters."""
+        module_name, _, class_name = replacement.owner.partition(":")
+        module = importlib.import_module(module_name)
+        owner = vars(module).get(class_name) if class_name else module
+        current = vars(owner).get(replacement.name) if owner is not None else None
+        if current is None:
+            raise RuntimeError(
+                f"{self.framework} {metadata.version(self.distribution)} has no "
+                f"{replacement.owner}.{replacement.name}, so there is nothing to replace; the "
+                f"tested versions are {', '.join(self.tested)}"
+            )
+        theirs, ours = _parameters(current), _parameters(replacement.function)
+        if theirs != ours:
+            raise RuntimeError(
+                f"{replacement.owner}.{replacement.name} of {self.framework} "
+                f"{metadata.version(self.distribution)} takes ({', '.join(map(str, theirs))}), and "
+                f"what would replace it takes ({', '.join(map(str, ours))}); the tested versions "
+                f"are {', '.join(self.tested)}"
+            )
+        return _Slot(owner, replacement.name)
+
+
+class _Slot(NamedTuple):
+    owner: Any  # a module or a class
+    name: str
+
+
+# What each slot has held, oldest first: the framework's own, then those in the order of enabling.
+_held: dict[_Slot, list[Any]] = {}
+
+
+def _push(slot: _Slot, function: Function) -> Any:
+    """Put the function there and return the object that now stands in the slot."""
+
+    @functools.wraps(function)
+    def installed(*args: Any, **kwargs: Any) -> Any:  # an object of its own, to be found again
+        return function(*args, **kwargs)
+
+    held = _held.setdefault(slot, [vars(slot.owner)[slot.name]])
+    held.append(staticmethod(installed) if isinstance(held[0], staticmethod) else installed)
+    _rebind(slot, held[-2], held[-1])
+    return held[-1]
+
+
+def _remove(slot: _Slot, installed: Any) -> None:
+    held = _held[slot]
+    before = held[-1]
+    held.remove(installed)
+    if before is installed:
+        _rebind(slot, before, held[-1])
+    if len(held) == 1:
+        del _held[slot]
+
+
+def _rebind(slot: _Slot, before: Any, after: Any) -> None:
+    """Put `after` where `before` is: in its owner, and under any name in the same package."""
+    setattr(slot.owner, slot.name, after)
+    if not isinstance(slot.owner, ModuleType):
+        return
+    package = slot.owner.__name__.partition(".")[0]
+    for module_name, module in list(sys.modules.items()):
+        is_inside = module_name == package or module_name.startswith(package + ".")
+        if is_inside and isinstance(module, ModuleType):
+            # vars: a getattr could make a lazy module import something
+            for name, value in list(vars(module).items()):
+                if value is before:
+                    setattr(module, name, after)
+
+
+def _check_untouched(slot: _Slot) -> None:
+    if vars(slot.owner)[slot.name] is not _held[slot][-1]:
+        raise RuntimeError(
+            f"{slot.owner.__name__}.{slot.name} was replaced by something else since it was "
+            "enabled; undo that first, so that this does not undo it"
+        )
+
+
+def _is_release(version: str, tested: str) -> bool:
+    """Whether the version is the tested one, or a part of that series."""
+    release = version.partition("+")[0]  # a local version, as in 2.13.0+cpu, says how it was built
+    return release == tested or release.startswith(tested + ".")
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    """Names, kinds and defaults; annotations say the same things in many ways."""
+    return [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
