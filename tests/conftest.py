@@ -97,6 +97,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=seed, help="seed of the inputs")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """A GPU is not shared: with one, the tests run in this process."""
+    return 0 if torch.cuda.is_available() else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """One seed for all workers: each would draw its own."""
+    node.workerinput["seed"] = node.config.getoption("--seed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes that share the cores
+        config.option.seed = config.workerinput["seed"]
+        threads = max(1, torch.get_num_threads() // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that a test starts
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
     return f"inputs: --seed={config.getoption('--seed')}; kernels: {where}"

@@ -50,7 +50,7 @@ def without_compiling(module, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda v: v + 1e-3, lambda v: v * torch.nan, lambda v: v.detach()], ids=str
+    "wrong", [lambda v: v + 1e-3, lambda v: v * torch.nan, lambda v: v.detach()]
 )
 def test_refuses_to_time_wrong_results(bench, monkeypatch, capsys, tmp_path, wrong):
     right = dpo_triton.fused_seq_logprob
