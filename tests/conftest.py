@@ -1,6 +1,7 @@
 """Backends and devices of the suite. Without a GPU the kernels run in Triton's interpreter."""
 
 import os
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -34,6 +35,12 @@ if HAS_TRITON and IS_INTERPRETED:
         """The interpreter rounds the product, then the sum; float64 holds the product exactly."""
         wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
         return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
+
+    # Half of the suite's time is computing whether integers overflow, and nothing is said of it:
+    # the assertions need debug=True.
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
 
     patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched_for = set()

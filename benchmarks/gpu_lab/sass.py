@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -74,6 +75,7 @@ class Resources(NamedTuple):
     stack_bytes: int  # a thread
 
 
+@cache  # 0.2 s, and a kernel serves many configurations
 def disassemble(cubin: bytes) -> tuple[list[Instruction], Resources]:
     """Return the instructions of a cubin with one kernel, and what a thread of it takes.
 
