@@ -32,8 +32,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python examples/score_preferences.py $(ARGS)
 
+# In the order of collection, or the compiled files would come last: a file is one test there.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)

@@ -10,9 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Built once, and by one process: setuptools writes into the checkout.
-pytestmark = pytest.mark.xdist_group("distributions")
-
 pytest.importorskip("build")
 pytest.importorskip("setuptools", minversion="77")
 
