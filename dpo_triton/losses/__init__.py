@@ -25,10 +25,10 @@ from ._margin import (
     sigmoid_loss,
     sigmoid_norm_loss,
 )
-from ._mixture import LOSSES, Loss, LossOptions, SequenceLogps, mixture_loss
+from ._mixture import LOSSES, Loss, LossOptions, SequenceLogps, check_mixture, mixture_loss
 from ._reference_free import cpo_loss, log1mexp, orpo_loss, sft_loss, simpo_loss
 from ._terms import FDivergence, PreferenceLoss
-from ._weights import Layout, ld_dpo_mask, split_pairs, wpo_weights
+from ._weights import Layout, ld_dpo_mask, split_pairs, token_means, wpo_weights
 
 __all__ = [
     "LOSSES",
@@ -43,6 +43,7 @@ __all__ = [
     "apo_down_loss",
     "apo_zero_loss",
     "bco_pair_loss",
+    "check_mixture",
     "cpo_loss",
     "discopop_loss",
     "exo_pair_loss",
@@ -61,5 +62,6 @@ __all__ = [
     "simpo_loss",
     "split_pairs",
     "sppo_hard_loss",
+    "token_means",
     "wpo_weights",
 ]
