@@ -21,6 +21,8 @@ from dpo_triton.losses import (
     sigmoid_norm_loss,
 )
 
+MEANS = {"sigmoid_norm", "ipo", "simpo", "orpo"}
+REFERENCE_FREE = {"sft", "simpo", "cpo", "orpo"}
 OF_PAIRS = [name for name in LOSSES if name != "sft"]
 
 
@@ -60,6 +62,16 @@ def exact_gradient(formula, logps, options):
             gradient.append(mp.diff(total, lists[which][i]))
         gradients.append(torch.tensor([float(x) for x in gradient], dtype=torch.float64))
     return gradients
+
+
+def test_table():
+    """Which value each loss takes and whether it needs a reference, as its paper has it."""
+    assert set(LOSSES) == {case.split()[0] for case in CASES} | {"sft"}
+    for name, loss in LOSSES.items():
+        expected = "tokens" if name == "sft" else "mean" if name in MEANS else "sum"
+        assert loss.takes == expected, name
+        assert loss.needs_reference == (name not in REFERENCE_FREE), name
+        assert loss.function.__name__ == f"{name}_loss"
 
 
 @pytest.mark.parametrize("case", CASES)

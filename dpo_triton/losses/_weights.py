@@ -117,6 +117,13 @@ def token_means(
 
 def _bounds(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """cu_seqlens; a padded batch is packed sequences of T tokens each."""
+    expected_ndim = 2 if cu_seqlens is None else 1
+    if not isinstance(mask, Tensor) or mask.ndim != expected_ndim:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask must be a torch.Tensor (2B, T), or (N,) with cu_seqlens, got {got}"
+            f"{'' if cu_seqlens is None else ' with cu_seqlens'}"
+        )
     if cu_seqlens is not None:
         return cu_seqlens.long()
     return torch.arange(mask.shape[0] + 1, device=mask.device) * mask.shape[1]
