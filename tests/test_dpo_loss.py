@@ -51,7 +51,7 @@ def exact_loss(name, logits, ref_logits, labels, mask, layout="concat", options=
 
 @pytest.mark.parametrize("layout", ["concat", "interleaved"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_and_gradient_match_float64(name, layout, backend, device):
+def test_loss_and_gradient_match_float64(name, layout, device):
     batch, ref_logits = draw(device=device)
     options = OPTIONS.get(name, {})
     logits = batch.logits.requires_grad_()
@@ -61,7 +61,6 @@ def test_loss_and_gradient_match_float64(name, layout, backend, device):
         loss_type=name,
         layout=layout,
         shift=True,
-        backend=backend,
         **options,
     )
     (grad,) = torch.autograd.grad(ours.loss, logits)
@@ -77,9 +76,9 @@ def test_loss_and_gradient_match_float64(name, layout, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("pairs", [1, 2, 3, 5, 7])  # sums of 3 or 7 equal float32 values round
+@pytest.mark.parametrize("pairs", [1, 3, 13])  # in float32 the mean of 13 times ln 2 is not ln 2
 def test_policy_equal_to_reference_is_ln_2(pairs, dtype, backend, device):
-    batch, _ = draw(pairs, seq_len=3, dtype=dtype, device=device)
+    batch, _ = draw(pairs, seq_len=2, dtype=dtype, device=device)
     for name in ("sigmoid", "sigmoid_norm"):
         options = dict(loss_type=name, shift=True, backend=backend)
         ours = fused_dpo_loss(*batch, ref_logits=batch.logits, **options)
@@ -108,7 +107,7 @@ def test_linear_policy_equal_to_reference_is_ln_2(trains_head, device):
     "loss_type", ["sigmoid", "ipo", ["sigmoid_norm", "sft"], ["sigmoid", "ipo"]]
 )
 def test_reference_in_either_reduction(loss_type):
-    """Sums and means of the reference give the same loss as its logits: neither is taken blindly."""
+    """Sums and means of the reference give the loss of its logits: neither is taken blindly."""
     batch, ref_logits = draw()
     options = dict(loss_type=loss_type, shift=True)
     expected = fused_dpo_loss(*batch, ref_logits=ref_logits, **options)
@@ -228,6 +227,15 @@ def test_metrics():
     torch.testing.assert_close(metrics.stats["chosen_entropy"], entropy[:3])
     torch.testing.assert_close(metrics.stats["rejected_entropy"], entropy[3:])
     assert not any(x.requires_grad for x in metrics[:-1])
+
+
+def test_rewards_are_of_the_first_loss_that_has_any():
+    batch, ref_logits = draw()
+    alone = fused_dpo_loss(*batch, ref_logits=ref_logits, beta=0.3)
+    for loss_type in (["sft", "sigmoid"], ["sigmoid", "ipo"], ["sigmoid", "sft"]):
+        ours = fused_dpo_loss(*batch, ref_logits=ref_logits, beta=0.3, loss_type=loss_type)
+        assert torch.equal(ours.metrics.chosen_rewards, alone.metrics.chosen_rewards)
+        assert torch.equal(ours.metrics.rejected_rewards, alone.metrics.rejected_rewards)
 
 
 def test_reference_has_no_graph():
@@ -356,7 +364,7 @@ def test_mixture_gives_each_loss_what_it_takes():
     means = sums / counts
     of_sums = [Logps(v, "sum", n) for v, n in zip(sums, counts, strict=True)]
     of_means = [Logps(v, "mean", n) for v, n in zip(means, counts, strict=True)]
-    pair_weights = torch.rand(5).double()
+    pair_weights = torch.rand(5).double().requires_grad_()
     options = dict(beta=0.3, rpo_alpha=0.2, pair_weights=pair_weights, label_smoothing=0.125)
     weights = {"sigmoid": 0.5, "ipo": 2.0, "simpo": 1.0, "hinge": -0.25}
     expected = (
@@ -368,7 +376,8 @@ def test_mixture_gives_each_loss_what_it_takes():
     ) * pair_weights
     for answers in (of_sums, of_means):
         ours = mixture_loss(weights, *answers, **options)
-        torch.testing.assert_close(ours.losses, expected)
+        torch.testing.assert_close(ours.losses, expected.detach())
+        assert not ours.losses.requires_grad  # through the weights of pairs
         torch.testing.assert_close(ours.chosen_rewards, 0.3 * (sums[0] - sums[2]))
 
 
@@ -387,14 +396,14 @@ def test_kto_of_pairs_is_the_mean_of_both_answers():
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "orpo", ["sigmoid", "sft"]], ids=str)
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_linear_is_logits(loss_type, is_packed, backend, device):
+def test_linear_is_logits(loss_type, is_packed, device):
     batch, _ = draw(device=device)
     hidden, ref_hidden = torch.randn(2, 6, 7, 24, device=device) / 5
     weight, ref_weight = torch.randn(2, 60, 24, device=device)
     bias, ref_bias = torch.randn(2, 60, device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     ref_leaves = [x.requires_grad_() for x in (ref_hidden, ref_weight, ref_bias)]
-    options = dict(loss_type=loss_type, shift=True, stats=("entropy",), backend=backend)
+    options = dict(loss_type=loss_type, shift=True, stats=("entropy",))
     tokens, inputs, ref_inputs = batch[1:], hidden, ref_hidden
     if is_packed:
         options["cu_seqlens"] = torch.tensor([0, 7, 14, 21, 28, 35, 42], device=device)
@@ -542,3 +551,26 @@ def test_rpo_is_a_mixture():
     chosen = fused_seq_logprob(*batch, reduction="sum")[:3].double()
     nll = -chosen.sum() / batch.mask[:3].double().sum()
     assert max_error(rpo.loss, alone.loss.double() + 0.5 * nll) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(loss_type=["ipo", "sft"], use_weighting=True, ld_alpha=0.5, stats=("entropy",)),
+        dict(loss_type="kto", kl=0.1),
+    ],
+    ids=str,
+)
+def test_compiles_without_a_graph_break(options):
+    batch, ref_logits = draw()
+    logits = batch.logits.requires_grad_()
+
+    def loss(logits, ref_logits):
+        return fused_dpo_loss(logits, *batch[1:], ref_logits=ref_logits, shift=True, **options).loss
+
+    eager = loss(logits, ref_logits)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, ref_logits)
+    assert torch.equal(compiled, eager)
+    grads = [torch.autograd.grad(x, logits)[0] for x in (eager, compiled)]
+    assert torch.equal(*grads)

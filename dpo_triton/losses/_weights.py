@@ -107,10 +107,9 @@ def token_means(
     weights = mask.flatten().to(torch.float64)
     if shift:
         weights = weights.masked_fill(_is_first(_sequence_of_token(bounds, mask.numel())), 0)
-    weighted = torch.where(weights != 0, weights * per_token.flatten(), 0.0)
     sums, totals = (
         torch.segment_reduce(values, "sum", offsets=bounds, unsafe=True)
-        for values in (weighted, weights)
+        for values in (weights * per_token.flatten(), weights)
     )
     return (sums / torch.where(totals == 0, 1.0, totals)).to(per_token.dtype)
 
