@@ -317,7 +317,7 @@ def test_ld_dpo_in_one_call():
 
 
 def test_wpo_weights():
-    """Equation 2 of the paper with its sampled alignment, and no gradient."""
+    """Each token against sum_v p_v ** 2, averaged, of both answers; and no gradient."""
     batch, ref_logits = draw()
     logits = batch.logits.double().requires_grad_()
     p = logits.detach().softmax(-1)

@@ -91,7 +91,7 @@ def wpo_weights(
         mask: of the same shape, the weights of the mean; 0 where not scored.
         layout, shift, cu_seqlens: as in `ld_dpo_mask`.
 
-    Source: Zhou et al. 2024, arXiv:2406.11827, eq. 2 and its "sampled alignment".
+    Source: Zhou et al. 2024, arXiv:2406.11827, eq. 2, aligned by sum_v p_v ** 2.
     """
     aligned = (token_logps - log_sum_sq_probs).detach()
     means = token_means(aligned, mask, shift=shift, cu_seqlens=cu_seqlens)
