@@ -69,11 +69,15 @@ def exact(z: Tensor, y: Tensor) -> Tensor:
 
 
 def margin_errors(
-    formula: Formula, dtype: torch.dtype, margins: Sequence[float] = MARGINS, rows: int = 4
+    formula: Formula,
+    dtype: torch.dtype,
+    margins: Sequence[float] = MARGINS,
+    vocab_size: int = MARGIN_VOCAB_SIZE,
+    rows: int = 4,
 ) -> list[Errors]:
     """Relative errors at each margin."""
     repeated = torch.tensor(margins, dtype=torch.float64).repeat_interleave(rows)
-    logits, labels = leading_by(repeated, MARGIN_VOCAB_SIZE, dtype)
+    logits, labels = leading_by(repeated, vocab_size, dtype)
     found = with_grad(formula, logits, labels)
     truth = with_grad(exact, logits.double(), labels)
     largest = [
@@ -90,7 +94,9 @@ def size_error(formula: Formula, dtype: torch.dtype, vocab_size: int, rows: int 
     return float(error.abs().max())
 
 
-def plot(path: Path) -> None:
+def plot(
+    path: Path, margins: Sequence[float] = MARGINS, vocab_sizes: Sequence[int] = VOCAB_SIZES
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,13 +107,13 @@ def plot(path: Path) -> None:
     for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
         for color, (name, formula) in zip(("C1", "C2", "C0"), FORMULAS.items(), strict=True):
             torch.manual_seed(0)  # the same logits for each
-            errors = margin_errors(formula, dtype)
-            of_sizes = [size_error(formula, dtype, size) for size in VOCAB_SIZES]
+            errors = margin_errors(formula, dtype, margins)
+            of_sizes = [size_error(formula, dtype, size) for size in vocab_sizes]
             label = f"{name}, {str(dtype).removeprefix('torch.')}"
             for axis, x, y in (
-                (values, MARGINS, [error.value for error in errors]),
-                (grads, MARGINS, [error.target_grad for error in errors]),
-                (sizes, VOCAB_SIZES, of_sizes),
+                (values, margins, [error.value for error in errors]),
+                (grads, margins, [error.target_grad for error in errors]),
+                (sizes, vocab_sizes, of_sizes),
             ):
                 axis.plot(x, [max(e, FLOOR) for e in y], style, color=color, label=label)
     for axis, what in ((values, "log p"), (grads, "d log p / d target's logit")):

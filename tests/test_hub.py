@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tools.build_hub import BACKENDS, build
+from build_hub import BACKENDS, build
 
 ROOT = Path(__file__).resolve().parents[1]
 
