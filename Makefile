@@ -19,7 +19,7 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench bench-kernels gpu-check lint format clean
+.PHONY: help demo test bench bench-kernels gpu-check hub lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model (downloads 100 MB)"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
 	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
+	@echo "make hub     dist/hub: the layout for the Hugging Face Hub's kernels package"
 	@echo "make lint    ruff and mypy;  make format  lay the code out"
 
 demo: $(VENV)/.demo
@@ -44,6 +45,10 @@ bench-kernels: $(VENV)/.dev
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py
+
+# Copies and hashes: Python alone does it.
+hub:
+	$(PYTHON) tools/build_hub.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 """The head in tiles: products of hidden states and weight around the three stages, as the operators
-`dpo_triton::linear_partials` and `linear_grad`.
+`linear_partials` and `linear_grad`.
 
 A tile is the logits of some scored rows and TILE_V columns. Columns are walked outside and rows
 inside, so that the weight is read once, its gradient is written once, and what is summed over tiles
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ._backends import Backend, resolve_backend
 from ._checks import check_cu_seqlens_values, check_scored_labels
-from ._ops import SCALING, forbid_double_backward
+from ._ops import NAMESPACE, SCALING, forbid_double_backward
 from ._weights import token_weights
 
 # Columns of a tile: a constant, so that a row's sums end where they do in any other batch. Wide
@@ -143,7 +143,7 @@ _GRAD = (
 )
 
 
-@torch.library.custom_op("dpo_triton::linear_partials", mutates_args=(), schema=_PARTIALS)
+@torch.library.custom_op(f"{NAMESPACE}::linear_partials", mutates_args=(), schema=_PARTIALS)
 def linear_partials(
     hidden: Tensor,
     weight: Tensor,
@@ -244,7 +244,7 @@ def _(
     )
 
 
-@torch.library.custom_op("dpo_triton::linear_grad", mutates_args=(), schema=_GRAD)
+@torch.library.custom_op(f"{NAMESPACE}::linear_grad", mutates_args=(), schema=_GRAD)
 def linear_grad(
     grad_logps: Tensor,
     hidden: Tensor,
@@ -354,7 +354,7 @@ def _(
     )
 
 
-forbid_double_backward("dpo_triton::linear_grad")
+forbid_double_backward(f"{NAMESPACE}::linear_grad")
 
 
 class _HiddenGrad:

@@ -1,5 +1,4 @@
-"""The three stages as torch.library operators: `dpo_triton::partials`, `combine`, `grad` and
-`grad_`.
+"""The three stages as torch.library operators: `partials`, `combine`, `grad` and `grad_`.
 
 An operator picks its backend when it runs. torch.compile sees an opaque call that its fake
 describes.
@@ -13,6 +12,10 @@ from torch import Tensor
 
 from ._backends import resolve_backend
 from ._checks import check_cu_seqlens_values, check_scored_labels
+
+# Of the operators: the package's own name, so that another copy of it, imported under another name
+# as the Hugging Face Hub does, can live in the same process.
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 
 SCALING = "float temperature, float logit_scale, float? softcap"
 _PARTIALS = (
@@ -33,7 +36,7 @@ _GRAD = f"(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor"
 _GRAD_ = f"(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()"
 
 
-@torch.library.custom_op("dpo_triton::partials", mutates_args=(), schema=_PARTIALS)
+@torch.library.custom_op(f"{NAMESPACE}::partials", mutates_args=(), schema=_PARTIALS)
 def partials(logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Partials (C, K, B * T), the targets' logits (B * T,) and the tokens' weights (B, T)."""
     *stage_inputs, backend = inputs
@@ -73,7 +76,7 @@ def _(
     )
 
 
-@torch.library.custom_op("dpo_triton::combine", mutates_args=(), schema=_COMBINE)
+@torch.library.custom_op(f"{NAMESPACE}::combine", mutates_args=(), schema=_COMBINE)
 def combine(
     partials: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -113,7 +116,7 @@ def _(
     )
 
 
-@torch.library.custom_op("dpo_triton::grad", mutates_args=(), schema=_GRAD)
+@torch.library.custom_op(f"{NAMESPACE}::grad", mutates_args=(), schema=_GRAD)
 def grad(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     """The gradient of logits, (B, T, V) contiguous; grad_logps is (B, T), possibly expanded."""
     *stage_inputs, backend = inputs
@@ -126,7 +129,7 @@ def _(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("dpo_triton::grad_", mutates_args=("logits",), schema=_GRAD_)
+@torch.library.custom_op(f"{NAMESPACE}::grad_", mutates_args=("logits",), schema=_GRAD_)
 def grad_(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
     """Write the gradient of logits over logits."""
     *stage_inputs, backend = inputs
@@ -151,4 +154,4 @@ def forbid_double_backward(operator: str) -> None:
     torch.library.register_autograd(operator, raise_error)
 
 
-forbid_double_backward("dpo_triton::grad")
+forbid_double_backward(f"{NAMESPACE}::grad")

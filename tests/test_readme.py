@@ -1,39 +1,126 @@
-"""The README's code runs, and its signature is the function's."""
+"""The README and docs/: code runs, signatures are the functions', commands and links exist.
+
+A Python block runs by itself. Words after "python" on its fence say how:
+
+    needs NAME      where the module NAME is installed; elsewhere its test is skipped
+    compiled        in a process of its own that compiles kernels, with benchmarks/ to import from
+    interpreted     likewise in one that interprets them
+
+A block that begins with the name of a public function and a parenthesis is its signature, and is
+compared with the code. There is no block that nothing is done with.
+"""
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
 
 import dpo_triton
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_FENCES = {"", "sh"}  # tables, formulas, commands
 
 
-def test_code_runs():
-    ran = [block for block in BLOCKS if block.startswith("import")]
-    assert ran
-    for block in ran:
-        exec(compile(block, "README.md", "exec"), {})
+class Block(NamedTuple):
+    page: Path
+    line: int  # of its first line of code
+    fence: str  # what follows the opening backquotes
+    code: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
-def test_api_block_is_the_signature():
-    (block,) = [block for block in BLOCKS if block.startswith("fused_seq_logprob(")]
-    written = re.sub(r"#.*", "", block.split("\n)", 1)[0])
-    names = re.findall(r"(\w+)(?:=([^,\n]+))?,", written.split("(", 1)[1] + ",")
-    signature = inspect.signature(dpo_triton.fused_seq_logprob)
-    assert [name for name, _ in names] == list(signature.parameters)
-    for name, default in names:
-        expected = signature.parameters[name].default
-        if default:
-            assert eval(default) == expected, name
-        else:
-            assert expected is inspect.Parameter.empty
+def read_blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = re.finditer(r"^```(.*)\n((?:.*\n)*?)^```$", text, re.MULTILINE)
+    blocks = [Block(page, text.count("\n", 0, m.start(2)) + 1, m[1], m[2]) for m in found]
+    assert text.count("```") == 2 * len(blocks), f"{page}: a fence that is not closed, or indented"
+    return blocks
 
 
-def test_every_command_exists():
-    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text()
-    for target in re.findall(r"make ([\w-]+)", README):
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+PYTHON = [block for block in BLOCKS if block.fence not in OTHER_FENCES]
+SIGNATURES = [block for block in PYTHON if re.match(r"\w+\(", block.code)]
+RUNNING = [block for block in PYTHON if block not in SIGNATURES]
+
+
+def by_name(blocks: list[Block]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("block", blocks, ids=[block.name for block in blocks])
+
+
+@by_name(RUNNING)
+def test_code_runs(block, tmp_path, monkeypatch):
+    language, *words = block.fence.split()
+    assert language == "python"
+    if words[:1] == ["needs"]:
+        for name in words[1:]:
+            pytest.importorskip(name)
+    elif words in (["compiled"], ["interpreted"]):
+        pytest.importorskip("triton")
+        run_in_own_process(block.code, is_interpreted=words == ["interpreted"], folder=tmp_path)
+        return
+    else:
+        assert not words, f"{block.name}: what does {block.fence!r} mean?"
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), {})
+
+
+def run_in_own_process(code: str, *, is_interpreted: bool, folder: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "TRITON_INTERPRET": str(int(is_interpreted)), "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@by_name(SIGNATURES)
+def test_signature_is_the_function_s(block):
+    code = re.sub(r"#.*", "", block.code)
+    written = re.findall(r"^(\w+)\(\n(.*?)^\)", code, re.DOTALL | re.MULTILINE)
+    assert written
+    for function_name, arguments in written:
+        function = getattr(dpo_triton, function_name)
+        parameters = inspect.signature(function).parameters
+        names = re.findall(r"(\w+)(?:=([^,\n]+))?,", arguments)
+        assert [name for name, _ in names] == list(parameters), function_name
+        for name, default in names:
+            expected = parameters[name].default
+            if default:
+                assert eval(default) == expected, name
+            else:
+                assert expected is inspect.Parameter.empty, name
+    for name in re.findall(r"^([a-z]\w*)[(.]", code, re.MULTILINE):
+        assert name == "dpo_triton" or hasattr(dpo_triton, name), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_links_exist(page):
+    text = page.read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for script in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)", README):
-        assert (Path(__file__).resolve().parents[1] / script).exists()
+    for file in re.findall(r"\b(?:benchmarks|docs|examples|tests|tools)/[\w/]+\.(?:py|md)", text):
+        assert (ROOT / file).exists(), file
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_linked():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("[a-z]*.md"):
+        assert f"({page.name})" in index, page
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "](docs" in (ROOT / page).read_text()
