@@ -72,7 +72,7 @@ def linear_truth(
         *(None if x is None else x.cpu() for x in batch[3:]),
     )
     upstream = None if upstream is None else upstream.cpu()
-    return value_and_grads(getattr(reference, function_name), exact, upstream, trains, **options)
+    return value_and_grads(getattr(reference, f"linear_{function_name}"), exact, upstream, trains, **options)
 
 
 def plain_linear(
@@ -82,6 +82,9 @@ def plain_linear(
     mask: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """What everybody writes: the head, then log_softmax in float32."""
-    p = F.linear(hidden, weight, bias).float().log_softmax(-1).gather(-1, labels[..., None])
-    return (p[..., 0] * mask).sum(-1) / mask.sum(-1).clamp(min=1e-8)
+    """What everybody writes: the head on the scored rows, then log_softmax in float32."""
+    scored = mask != 0
+    logits = F.linear(hidden[scored], weight, bias).float()
+    p = logits.log_softmax(-1).gather(-1, labels[scored][:, None])[:, 0]
+    p = torch.zeros_like(mask).index_put((scored,), p)
+    return (p * mask).sum(-1) / mask.sum(-1).clamp(min=1e-8)
