@@ -99,8 +99,11 @@ def check_hidden(
             f"weight must be (V, H) = (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}; {cure}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight must have at least one token, got {tuple(weight.shape)}")
+    if weight.numel() == 0:
+        raise ValueError(
+            f"weight must have at least one token and one feature, got {tuple(weight.shape)}; "
+            "a sharded one must be gathered first"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias must be (V,) = ({weight.shape[0]},) for weight {tuple(weight.shape)}, "

@@ -33,7 +33,8 @@ from ._weights import token_weights
 # Columns of a tile: a constant, so that a row's sums end where they do in any other batch. Wide
 # enough for a matrix product, and so narrow that thousands of rows fit into a tile.
 TILE_V = 4096
-# Unnormalised probabilities reach up to this: the middle of float16's range.
+# Unnormalised probabilities, times dz / dx over its largest, reach up to this: the middle of
+# float16's range.
 UNIT = 2.0**10
 
 
@@ -48,11 +49,16 @@ class Scaling(NamedTuple):
     def slope(self) -> float:
         return (1.0 if self.softcap is not None else self.logit_scale) / self.temperature
 
-    def chain(self, u: Tensor) -> Tensor | float:
-        """du / dx."""
+    @property
+    def steepest(self) -> float:
+        """The largest dz / dx."""
+        return self.logit_scale / self.temperature
+
+    def gradient(self, u: Tensor) -> Tensor | float:
+        """dz / dx."""
         if self.softcap is None:
-            return 1.0
-        return self.logit_scale * (1.0 - (u / self.softcap).square())
+            return self.steepest
+        return self.steepest * (1.0 - (u / self.softcap).square())
 
 
 class Rows(NamedTuple):
@@ -218,7 +224,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    weights: Tensor,
+    mask: Tensor | None,
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
@@ -234,7 +240,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, vocab_size = labels.numel(), weight.shape[0]
     num_kept = kept_numel(num_tokens, vocab_size, tile_bytes, dtype) if keep_tiles else 0
-    weights = torch.empty_like(labels, dtype=_sum_dtype(dtype))
+    weights = labels.new_empty(labels.shape, dtype=_sum_dtype(dtype))
     return (
         weights.new_empty((2 + len(stats), num_splits(vocab_size), num_tokens)),
         weights.new_empty(num_tokens),
@@ -296,7 +302,8 @@ def linear_grad(
         rows.hidden.shape if needs_hidden else 0, dtype=weights.dtype
     )
     # Several tiles of rows are summed in float32, a single one is rounded once by its product.
-    is_direct = tiles.num_blocks == 1 or weight.dtype == weights.dtype
+    is_once = tiles.num_blocks == 1 and weight.dtype == dtype
+    is_direct = is_once or weight.dtype == weights.dtype
     weight_sum = weight.new_empty(
         0 if is_direct or not needs_weight else (tiles.width, weight.shape[1]), dtype=weights.dtype
     )
@@ -349,7 +356,7 @@ def _(
     bias_dtype = inputs[1].dtype if bias is None else bias.dtype
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
-        weight.new_empty(weight.shape if needs_weight else 0),
+        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=bias_dtype),
     )
 
@@ -378,7 +385,7 @@ class _HiddenGrad:
         reference.copy_(larger)
         ones = self.ones[tile.rows]
         self.stages.grad(
-            ones[None],
+            ones[None] / self.scaling.steepest,
             tile.logits[None],
             self.rows.labels[None, tile.rows],
             ones[None],
@@ -397,8 +404,8 @@ class _HiddenGrad:
         _, _, _, complement, reference, share, _ = self.stages.combine(
             partials, target, self.ones[None], None, "none", len(weight), *self.scaling, []
         )
-        normaliser = share * (self.reference - reference).exp2() / UNIT
-        of_target = complement * self.scaling.slope * self.scaling.chain(target)
+        normaliser = share * (self.reference - reference).exp2() * (self.scaling.steepest / UNIT)
+        of_target = complement * self.scaling.gradient(target)
         y = self.rows.labels.long().clamp(0, len(weight) - 1)
         of_target = of_target[:, None] * weight[y].to(self.rows.hidden.dtype)
         return self.sum.mul_(normaliser[:, None]).add_(of_target)

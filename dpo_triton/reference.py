@@ -7,6 +7,7 @@ log-probability near 0 keeps its relative precision at any margin.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,53 @@ def token_logprob(
         if "log_sum_sq_probs" in stats:
             every["log_sum_sq_probs"] = per_token((2 * log_p).logsumexp(1))
     return token_logps, {name: every[name] for name in stats}
+
+
+def linear_seq_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-probability of each sequence from (B, T, H) or (N, H) hidden states and a (V, H) head;
+    options are those of `seq_logprob`; see `dpo_triton.fused_linear_seq_logprob`."""
+    logits = _linear(hidden, weight, labels, mask, bias, options)
+    return seq_logprob(logits, labels, mask, **options)
+
+
+def linear_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-probability of each label; see `dpo_triton.fused_linear_token_logprob`."""
+    logits = _linear(hidden, weight, labels, mask, bias, options)
+    return token_logprob(logits, labels, mask, **options)
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Logits (..., V). Hidden states that score nothing count as 0: in the head's gradient, NaN
+    times a gradient of 0 would be NaN."""
+    shift = options.get("shift", False)
+    packing = options.get("cu_seqlens"), options.get("ignore_index", -100)
+    is_scored = _weights(labels, mask, shift, *packing, torch.float64) != 0
+    # The first token is never scored by a shift, so that nothing wraps around.
+    is_read = is_scored.roll(-int(shift), -1)
+    return F.linear(torch.where(is_read[..., None], hidden, 0.0), weight, bias)
 
 
 def _weights(

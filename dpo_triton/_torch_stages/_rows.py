@@ -84,9 +84,9 @@ def split_like(x: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def own_columns(labels: Tensor, first_column: int, num_columns: int) -> Tensor:
-    """Labels (M,) as columns (M, 1) of those from first_column on; num_columns if not of them."""
-    y = labels.long()[:, None] - first_column
-    return torch.where((y >= 0) & (y < num_columns), y, num_columns)
+    """Labels (M,) as columns (M, 1) of those from first_column on: -1 if before them, num_columns
+    if after."""
+    return (labels.long()[:, None] - first_column).clamp_(-1, num_columns)
 
 
 class Workspace:
@@ -137,8 +137,9 @@ class Workspace:
         self.block(num_rows).exp2_()
 
     def fill_target_(self, y: Tensor, value: float | Tensor) -> None:
-        """Write value, or values (R, 1), to column y[r] of each of the first R rows."""
-        self.padded[: len(y)].scatter_(1, y, value)
+        """Write value, or values (R, 1), to column y[r] of each of the first R rows; for a target
+        in other columns, to padding."""
+        self.padded[: len(y)].scatter_(1, y % self.padded.shape[1], value)
 
     def pad(self, offsets: Tensor) -> Tensor:
         """(M, 1), with as many more as the padding of the last block takes."""

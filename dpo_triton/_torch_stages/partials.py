@@ -63,9 +63,10 @@ def partials(
     rows = row_numbers(scored, shift)
     row = scored - int(shift)
     num_columns = logits.shape[-1]
-    x_y = grid[row // grid.shape[1], row % grid.shape[1], y[:, 0].clamp(max=num_columns - 1)]
+    here = y[:, 0].clamp(0, num_columns - 1)
+    x_y = grid[row // grid.shape[1], row % grid.shape[1], here]
     target = cap_(x_y.to(dtype), logit_scale, softcap)
-    target.masked_fill_(y[:, 0] == num_columns, -math.inf)
+    target.masked_fill_(y[:, 0] != here, -math.inf)
 
     workspace = Workspace(logits, len(rows), dtype)
     spare = torch.empty_like(workspace.rows(workspace.max_rows)) if "entropy" in stats else None
