@@ -84,6 +84,7 @@ LOAD = """
 import importlib.util, pathlib, sys
 import torch
 import dpo_triton
+import vendored.dpo_triton
 from dpo_triton import reference
 from kernels import get_local_kernel, get_loaded_kernels
 
@@ -98,11 +99,13 @@ assert record.module is loaded is not dpo_triton
 assert loaded.__file__ == str(hub / "build" / "torch-cpu" / "__init__.py")
 assert loaded.__all__ == dpo_triton.__all__
 
-namespaces = set()
-for module in (dpo_triton, *builds):
-    operator = sys.modules[f"{module.__name__}._ops"].partials
-    namespaces.add(operator._qualname.partition("::")[0])
-assert namespaces == {module.__name__ for module in (dpo_triton, *builds)}, namespaces
+builds.append(vendored.dpo_triton)  # a copy inside another package is one more
+namespaces = [sys.modules[f"{m.__name__}._ops"].NAMESPACE for m in (dpo_triton, *builds)]
+ids = [f"_dpo_triton_{backend}_" for backend in ("cpu", "cuda", "rocm", "xpu")]
+assert [name[: len(id)] for name, id in zip(namespaces[1:], ids)] == ids, namespaces
+assert (namespaces[0], namespaces[-1]) == ("dpo_triton", "vendored_dpo_triton")
+for namespace in namespaces:
+    assert getattr(torch.ops, namespace).linear_grad.default is not None
 
 # The head has a whole tile of 4096 columns and a tail; about a third is not scored.
 B, T, V, H = 2, 4, 4096 + 37, 24
@@ -163,8 +166,10 @@ needs_kernels = pytest.mark.skipif(not has_kernels(), reason="kernels >= 0.17 is
 
 
 def run(code: str, folder: Path, *arguments: str) -> str:
-    """The output of Python code that finds dpo_triton in `folder`, and nothing else of ours."""
-    folder.joinpath("dpo_triton").symlink_to(ROOT / "dpo_triton")
+    """The output of Python code that finds dpo_triton in a folder, and nothing else of ours."""
+    for place in (folder, folder / "vendored"):
+        place.mkdir(exist_ok=True)
+        (place / "dpo_triton").symlink_to(ROOT / "dpo_triton")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(folder)}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],

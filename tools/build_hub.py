@@ -40,7 +40,7 @@ from pathlib import Path
 from kernels import get_local_kernel
 
 dpo_triton = get_local_kernel(Path("the folder of this file"))
-dpo_triton.fused_seq_logprob
+logps = dpo_triton.fused_seq_logprob(logits, labels, mask, shift=True)  # (B,) means, in nats
 ```
 
 dpo_triton {version}; pure Python, with Triton kernels for GPUs. It needs torch, and numpy.
