@@ -46,7 +46,11 @@ def test_imports_are_relative_or_of_what_the_hub_allows(hub):
     allowed = sys.stdlib_module_names | {"torch", "triton", "numpy"}
     assert "numpy" in (hub / "README.md").read_text()
     for path in (hub / "build" / "torch-cpu").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):  # what only a type checker imports is allowed
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        for node in ast.walk(tree):
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
