@@ -97,17 +97,16 @@ class Tiles:
         self.scratch = torch.empty(self.height * self.width, dtype=dtype, device=kept.device)
 
     def __iter__(self) -> Iterator[Tile]:
-        size = self.height * self.width
-        first_kept = self.num_splits * self.num_blocks - (self.kept.numel() // size if size else 0)
-        place = 0
+        remaining, offset = self.num_rows * self.vocab_size, 0
         for split in range(self.num_splits):
             columns = slice(split * TILE_V, min((split + 1) * TILE_V, self.vocab_size))
             for block in range(self.num_blocks):
                 rows = slice(block * self.height, min((block + 1) * self.height, self.num_rows))
-                is_kept = place >= first_kept
-                room = self.kept[(place - first_kept) * size :] if is_kept else self.scratch
-                yield Tile(split, columns, rows, _room(room, rows, columns), is_kept)
-                place += 1
+                is_kept = remaining <= self.kept.numel()
+                room = _room(self.kept[offset:] if is_kept else self.scratch, rows, columns)
+                yield Tile(split, columns, rows, room, is_kept)
+                remaining -= room.numel()
+                offset += room.numel() * is_kept
 
     def room_like(self, tile: Tile) -> Tensor:
         """(R, C) that no tile is kept in."""
