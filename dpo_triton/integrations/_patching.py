@@ -14,14 +14,21 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
+
 Function = Callable[..., Any]
 Undo = Callable[[], None]
 
 
 class Replacement(NamedTuple):
-    owner: str  # "package.module" that defines it, or "package.module:Class" for a method
+    """A torch.autograd.Function is replaced by what its `apply` shall do."""
+
+    # "package.module" that defines it, or "package.module:Class" for a method. A module that only
+    # imports it is changed alone.
+    owner: str
     name: str
     function: Function
+    versions: tuple[str, ...] = ()  # the tested ones that have it, all if empty
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,16 @@ class Integration:
             RuntimeError: it has a version that was not tested, or lacks the function, or its
                 function takes other parameters. Nothing is replaced then.
         """
-        self._check_version()
-        slots = [self._find(replacement) for replacement in self.replacements]
+        version = self._check_version()
+        replacements = [
+            replacement
+            for replacement in self.replacements
+            if not replacement.versions or _is_among(version, replacement.versions)
+        ]
+        slots = [self._find(replacement) for replacement in replacements]
         pending = [
             (slot, _push(slot, replacement.function))
-            for slot, replacement in zip(slots, self.replacements, strict=True)
+            for slot, replacement in zip(slots, replacements, strict=True)
         ]
 
         def undo() -> None:
@@ -69,7 +81,7 @@ class Integration:
         finally:
             undo()
 
-    def _check_version(self) -> None:
+    def _check_version(self) -> str:
         versions = ", ".join(self.tested)
         try:
             version = metadata.version(self.distribution)
@@ -78,12 +90,13 @@ class Integration:
                 f"{self.framework} is not installed: there is no distribution "
                 f"{self.distribution!r}; install one of the tested versions, {versions}"
             ) from None
-        if not any(_is_release(version, tested) for tested in self.tested):
+        if not _is_among(version, self.tested):
             raise RuntimeError(
                 f"{self.framework} {version} was not tested with dpo_triton, and nothing is "
                 f"replaced; install {self.distribution} in one of the tested versions, {versions}, "
                 "or call the functions of dpo_triton.integrations yourself"
             )
+        return version
 
     def _find(self, replacement: Replacement) -> "_Slot":
         """The place to put the function, which must hold one with the same parameters."""
@@ -125,6 +138,8 @@ def _push(slot: _Slot, function: Function) -> Any:
         return function(*args, **kwargs)
 
     held = _held.setdefault(slot, [vars(slot.owner)[slot.name]])
+    if _is_autograd(held[0]):
+        installed.apply = installed  # type: ignore[attr-defined]
     held.append(staticmethod(installed) if isinstance(held[0], staticmethod) else installed)
     _rebind(slot, held[-2], held[-1])
     return held[-1]
@@ -143,7 +158,8 @@ def _remove(slot: _Slot, installed: Any) -> None:
 def _rebind(slot: _Slot, before: Any, after: Any) -> None:
     """Put `after` where `before` is: in its owner, and under any name in the same package."""
     setattr(slot.owner, slot.name, after)
-    if not isinstance(slot.owner, ModuleType):
+    is_imported = getattr(_held[slot][0], "__module__", None) != slot.owner.__name__
+    if not isinstance(slot.owner, ModuleType) or is_imported:
         return
     package = slot.owner.__name__.partition(".")[0]
     for module_name, module in list(sys.modules.items()):
@@ -163,15 +179,21 @@ def _check_untouched(slot: _Slot) -> None:
         )
 
 
-def _is_release(version: str, tested: str) -> bool:
-    """Whether the version is the tested one, or a part of that series."""
+def _is_among(version: str, tested: tuple[str, ...]) -> bool:
+    """Whether the version is a tested one, or a part of such a series."""
     release = version.partition("+")[0]  # a local version, as in 2.13.0+cpu, says how it was built
-    return release == tested or release.startswith(tested + ".")
+    return any(release == one or release.startswith(one + ".") for one in tested)
+
+
+def _is_autograd(function: Any) -> bool:
+    return isinstance(function, type) and issubclass(function, torch.autograd.Function)
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
     """Names, kinds and defaults; annotations say the same things in many ways."""
+    is_autograd = _is_autograd(function)
+    parameters = inspect.signature(function.forward if is_autograd else function).parameters
     return [
         parameter.replace(annotation=inspect.Parameter.empty)
-        for parameter in inspect.signature(function).parameters.values()
+        for parameter in list(parameters.values())[is_autograd:]  # forward's ctx is not apply's
     ]
