@@ -75,6 +75,22 @@ def test_top1_takes_the_first_maximum(backend, device):
     assert stats["top1"].tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
+def test_top1_takes_the_first_maximum_of_all_tiles(backend, device):
+    """Whether the ties are before, in or after the tile of the target, 4096 columns wide."""
+    weight = torch.zeros(9000, 1, device=device)
+    weight[[10, 20, 4500, 8500]] = 2.0
+    hidden = torch.ones(1, 4, 1, device=device)
+    for first in (10, 4500, 8500):
+        labels = torch.tensor([[first, 20, 4500, 8500]], device=device)
+        _, stats = fused(backend, "fused_linear_token_logprob")(
+            hidden, weight, labels, stats=["top1"]
+        )
+        is_first = [float(label == first) for label in labels[0].tolist()]
+        assert stats["top1"][0].tolist() == is_first
+        weight[: first + 1] = 0.0
+        weight[20] = 0.0
+
+
 def test_entropy_with_banned_tokens(backend, device):
     """0 * log 0 is 0."""
     logits = torch.full((1, 2, 700), -torch.inf, device=device)

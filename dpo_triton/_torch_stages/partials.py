@@ -99,6 +99,10 @@ def partials(
         out = [x[one] for x in channels[1:]]
         _fold(workspace, y[one], scale, workspace.pad(peak[one] * -scale), out, spare, stats)
     _make_exact(channels, scale, stats)
+    if "top1" in stats:  # of columns that all come after the target, an equal one does not win
+        rival = channels[2 + list(stats).index("top1")]
+        is_later = labels.flatten().index_select(0, scored)[:, None] < first_column
+        rival.copy_(torch.where(is_later, rival.nextafter(rival.new_tensor(-math.inf)), rival))
 
     num_tokens = labels.numel()
     partials = channels.new_empty((2 + len(stats), 1, num_tokens))
