@@ -25,8 +25,25 @@ class Trainer:
     def batch(logits):
         return "theirs"
 """,
+    "standin/head.py": """
+import torch
+from .core import score
+
+class Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, scale=1.0):
+        return hidden * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2, None
+
+def head(hidden):
+    return Head.apply(hidden)
+""",
     "standin/trainer.py": """
 from .core import score as their_score
+from .head import Head as TheirHead
 
 def train():
     return their_score(1, 2)
@@ -49,6 +66,10 @@ def logps(self: Any, logits: Any) -> Any:
 
 
 def batch(logits: Any) -> str:
+    return "ours"
+
+
+def head(hidden: Any, scale: float = 1.0) -> str:
     return "ours"
 
 
@@ -101,6 +122,32 @@ def test_methods_and_static_methods(standin):
         assert instance.logps(1) == ("ours", instance)
         assert instance.batch(1) == trainer.batch(1) == "ours"
     assert dict(vars(trainer)) == before
+
+
+def test_an_autograd_function_is_replaced_by_what_its_apply_does(standin):
+    before = [dict(vars(standin.head)), dict(vars(standin.trainer))]
+    with integration(Replacement("standin.head", "Head", head)).fused():
+        assert standin.head.head(1) == standin.trainer.TheirHead.apply(1, scale=2.0) == "ours"
+    assert [dict(vars(standin.head)), dict(vars(standin.trainer))] == before
+
+
+def test_a_module_that_only_imports_it_is_changed_alone(standin):
+    theirs = standin.core.score
+    undo = integration(Replacement("standin.head", "score", score)).enable()
+    assert standin.head.score(1, 2) == "ours"
+    assert standin.core.score(1, 2) == standin.trainer.train() == "theirs"
+    undo()
+    assert standin.head.score is theirs
+
+
+def test_a_replacement_of_some_versions(standin):
+    replacements = [
+        Replacement("standin.core", "count", count, versions=("1.2",)),
+        Replacement("standin.core", "gone", count, versions=("1.1", "1.20")),
+    ]
+    with integration(*replacements).fused():
+        assert standin.core.count(1) == "ours"
+    assert standin.core.count(1) == "theirs"
 
 
 def test_an_exception_undoes(standin):
@@ -177,6 +224,7 @@ def other_default(logits: Any, labels: Any, scale: float = 2.0) -> str:
         (Replacement("standin.core:Gone", "logps", logps), r"no standin\.core:Gone\.logps"),
         (Replacement("standin.core", "score", more), r"takes \(logits, labels, scale=1\.0\), and"),
         (Replacement("standin.core", "score", other_default), r"scale=2\.0\); the tested"),
+        (Replacement("standin.head", "Head", logps), r"takes \(hidden, scale=1\.0\), and"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_replaced(wrong, message, standin):
