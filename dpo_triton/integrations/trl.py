@@ -1,4 +1,4 @@
-"""TRL: the head of its DPO and KTO trainers, and the log-probabilities of CPO, SimPO and ORPO, fused.
+"""TRL: the head of its DPO and KTO trainers, and the log-probabilities of the others, fused.
 
     import dpo_triton.integrations.trl
 
@@ -6,10 +6,10 @@
         trainer.train()
 
 Since TRL 1.15, DPO, KTO and every other trainer with TRL's fused head make no logits:
-`chunked_log_probs` takes the place of its `ChunkedLogProbFunction`, and rows that are not scored are
-dropped before the head on every device (TRL's own keeps them on a CPU). CPO and ORPO call
-`get_batch_logps` with logits, and before 1.15 all trainers call `selective_log_softmax`. Enable and
-undo between steps, not between a forward and its backward pass.
+`chunked_log_probs` takes the place of its `ChunkedLogProbFunction`, and rows that are not scored
+are dropped before the head on every device (TRL's own keeps them on a CPU). CPO, SimPO and ORPO
+call `get_batch_logps` with logits, and before 1.15 all trainers call `selective_log_softmax`.
+Enabling imports trl.experimental, which warns unless TRL_EXPERIMENTAL_SILENCE is set.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..linear import fused_linear_token_logprob
-from ..seq_logprob import fused_seq_logprob, fused_token_logprob
+from ..seq_logprob import Reduction, fused_seq_logprob, fused_token_logprob
 from ._patching import Integration, Replacement
 
 __all__ = ["chunked_log_probs", "enable", "fused", "get_batch_logps", "selective_log_softmax"]
@@ -30,6 +30,8 @@ _STATS = {
     "mean_logits": "mean_logit",
     "is_top1": "top1",
 }
+
+_NO_LABEL = -(2**31)  # a negative label is a mistake
 
 
 def chunked_log_probs(
@@ -74,7 +76,8 @@ def chunked_log_probs(
             "pass; train with ZeRO-2, or with LoRA and a head that does not train, or undo this"
         )
     if not torch.is_autocast_enabled(hidden.device.type):
-        weight, bias = (None if x is None else x.to(hidden.dtype) for x in (weight, bias))
+        weight = weight.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
     logps, stats = fused_linear_token_logprob(
         hidden[None],
         weight,
@@ -83,10 +86,11 @@ def chunked_log_probs(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=final_logit_softcapping,
-        stats=[ours for theirs, ours in _STATS.items() if theirs in outputs],
+        # token_logps are free, and with them there always is a dict
+        stats=["token_logps", *(_STATS[name] for name in _STATS if name in outputs)],
     )
     entropy, log_sum_sq_probs, mean_logits, top1 = (
-        stats[ours][0] if ours in stats else None for ours in _STATS.values()
+        stats[name][0] if name in stats else None for name in _STATS.values()
     )
     if entropy is not None:
         entropy = _OnlyLogged.apply(entropy, logps)  # type: ignore[no-untyped-call]
@@ -98,10 +102,13 @@ class _OnlyLogged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, logps: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # DistributedDataParallel asks for the gradient of all
         return entropy.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_entropy: Tensor) -> None:
+    def backward(ctx: Any, grad_entropy: Tensor | None) -> tuple[None, None]:
+        if grad_entropy is None or not grad_entropy.any():
+            return None, None
         raise NotImplementedError(
             "the entropy of dpo_triton.integrations.trl has no gradient, and a loss uses it; train "
             "with entropy_coef=0, or undo this for a trainer with an entropy bonus"
@@ -131,7 +138,7 @@ def get_batch_logps(
 
     Source: `experimental/cpo/cpo_trainer.py` of TRL.
     """
-    reduction = "mean" if average_log_prob else "sum"
+    reduction: Reduction = "mean" if average_log_prob else "sum"
     return fused_seq_logprob(logits, labels, reduction=reduction, shift=not is_encoder_decoder)
 
 
@@ -162,13 +169,13 @@ def selective_log_softmax(
             for column, mask in zip(index.unbind(-1), masks, strict=True)
         ]
         return torch.stack(columns, -1)
-    # No view of a slice may flatten it, so the batch dimensions are flattened and time is not.
+    # logits[:, :-1] is no view of (N, V): time stays a dimension of its own.
     mask = None if row_mask is None else row_mask.reshape(-1, *row_mask.shape[-1:])
     logps = fused_token_logprob(
         logits.reshape(-1, *logits.shape[-2:]),
         index.reshape(-1, *index.shape[-1:]),
         mask,
-        ignore_index=-1,
+        ignore_index=_NO_LABEL,
         temperature=temperature,
     )
     return logps.view(index.shape)
