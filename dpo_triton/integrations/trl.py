@@ -189,32 +189,26 @@ def _always(device: torch.device) -> bool:
     return True
 
 
-_NEW = ("1.15.0", "1.16.0")
-_WITH_OPTIONS = ("1.14.0", *_NEW)
+_PLAIN = ("0.29.1", "1.0.0", "1.12.0", "1.13.0")  # selective_log_softmax(logits, index)
+_WITH_HEAD = ("1.15.0", "1.16.0")
+_WITH_OPTIONS = ("1.14.0", "1.14.1", "1.14.2", *_WITH_HEAD)
 _integration = Integration(
     framework="TRL",
     distribution="trl",
-    tested=("0.29.1", "1.0.0", *_WITH_OPTIONS),
+    tested=(*_PLAIN, *_WITH_OPTIONS),
     replacements=(
         Replacement(
-            "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", chunked_log_probs, _NEW
+            "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", chunked_log_probs, _WITH_HEAD
         ),
-        # Whether the head drops the rows that are not scored: elsewhere, whether Triton can run.
+        # Whether the head drops the rows that are not scored; TRL: where its Triton kernels run.
         Replacement("trl.trainer.utils", "_use_triton", _always, ("1.16.0",)),
         Replacement(
             "trl.trainer.utils", "selective_log_softmax", selective_log_softmax, _WITH_OPTIONS
         ),
-        Replacement(
-            "trl.trainer.utils",
-            "selective_log_softmax",
-            _selective_log_softmax,
-            ("0.29.1", "1.0.0"),
-        ),
-        Replacement(
-            "trl.experimental.cpo.cpo_trainer:CPOTrainer", "get_batch_logps", get_batch_logps
-        ),
-        Replacement(
-            "trl.experimental.orpo.orpo_trainer:ORPOTrainer", "get_batch_logps", get_batch_logps
+        Replacement("trl.trainer.utils", "selective_log_softmax", _selective_log_softmax, _PLAIN),
+        *(
+            Replacement(f"trl.experimental.{owner}", "get_batch_logps", get_batch_logps)
+            for owner in ("cpo.cpo_trainer:CPOTrainer", "orpo.orpo_trainer:ORPOTrainer")
         ),
     ),
 )

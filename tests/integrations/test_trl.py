@@ -212,7 +212,7 @@ def lora() -> LoraConfig:
 REF = dict(ref_model=reference_model)
 CASES = {
     "DPO sigmoid": REF,
-    "DPO precomputed": dict(precompute_ref_log_probs=True),
+    "DPO precomputed": REF | dict(precompute_ref_log_probs=True),
     "DPO ipo": REF | dict(loss_type="ipo"),
     "DPO aot": REF | dict(loss_type="aot"),
     "DPO apo_down": REF | dict(loss_type="apo_down"),
