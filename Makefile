@@ -19,13 +19,14 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench bench-kernels gpu-check hub lint format clean
+.PHONY: help demo test bench bench-kernels bench-trl gpu-check hub lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model (downloads 100 MB)"
 	@echo "make test    run the test suite"
 	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
+	@echo "make bench-trl      steps of TRL's DPOTrainer with its own head and with ours"
 	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
 	@echo "make hub     dist/hub: the layout for the Hugging Face Hub's kernels package"
 	@echo "make lint    ruff and mypy;  make format  lay the code out"
@@ -42,6 +43,9 @@ bench: $(VENV)/.dev
 
 bench-kernels: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)
+
+bench-trl: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_trl.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py
