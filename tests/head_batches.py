@@ -72,7 +72,9 @@ def linear_truth(
         *(None if x is None else x.cpu() for x in batch[3:]),
     )
     upstream = None if upstream is None else upstream.cpu()
-    return value_and_grads(getattr(reference, f"linear_{function_name}"), exact, upstream, trains, **options)
+    return value_and_grads(
+        getattr(reference, f"linear_{function_name}"), exact, upstream, trains, **options
+    )
 
 
 def plain_linear(

@@ -26,9 +26,7 @@ class Costs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         inputs = tree_leaves((args, kwargs or {}))
-        before = {
-            x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)
-        }
+        before = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         name = function.__name__.split(".")[0]
         if name in ("mm", "addmm", "bmm", "baddbmm", "matmul"):
@@ -52,9 +50,7 @@ def opened(monkeypatch):
 
 
 def leaves_of(batch, trains):
-    return [
-        x.clone().requires_grad_(train) for x, train in zip(batch[:3], trains, strict=True)
-    ]
+    return [x.clone().requires_grad_(train) for x, train in zip(batch[:3], trains, strict=True)]
 
 
 def costs_of(batch, trains, **options):
