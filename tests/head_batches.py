@@ -1,4 +1,4 @@
-"""Inputs of the tests of hidden states and head, and their truth; budgets are those of `batches`."""
+"""Inputs of the tests of hidden states and head, and their truth; `batches` has the budgets."""
 
 from typing import Any, NamedTuple
 

@@ -40,7 +40,7 @@ CASES = {
     "H": (
         dict(weight=torch.randn(7, 5)),
         ValueError,
-        r"weight must be \(V, H\) = \(V, 4\) for hidden \(2, 3, 4\), got \(7, 5\); .*lm_head.weight",
+        r"weight must be \(V, H\) = \(V, 4\) for hidden .*, got \(7, 5\); .*lm_head.weight",
     ),
     "transposed weight": (
         dict(weight=WEIGHT.t()),

@@ -11,8 +11,7 @@ from head_batches import ALL, FROZEN, make_head_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_triton import fused_linear_seq_logprob
-from dpo_triton import _head
+from dpo_triton import _head, fused_linear_seq_logprob
 from dpo_triton._head import TILE_V, kept_numel, rows_in
 
 
