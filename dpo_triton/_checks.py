@@ -215,7 +215,7 @@ def check_choices(
     if reduction is not None and reduction not in REDUCTIONS:
         raise ValueError(
             f'reduction must be "mean" or "sum", got {reduction!r}; '
-            "for one value a token use fused_token_logprob"
+            "for one value a token use fused_token_logprob or fused_linear_token_logprob"
         )
     if isinstance(stats, str):
         raise TypeError(

@@ -91,9 +91,10 @@ class Tiles:
     ) -> None:
         self.num_rows, self.vocab_size, self.kept = num_rows, vocab_size, kept
         self.width = min(TILE_V, vocab_size)
-        self.height = min(num_rows, rows_in(tile_bytes, vocab_size, dtype))
         self.num_splits = num_splits(vocab_size)
-        self.num_blocks = -(-num_rows // self.height) if num_rows else 0
+        self.num_blocks = -(-num_rows // rows_in(tile_bytes, vocab_size, dtype))
+        # Blocks of one height: a product of the few rows that were left would be slow.
+        self.height = -(-num_rows // max(1, self.num_blocks))
         self.scratch = torch.empty(self.height * self.width, dtype=dtype, device=kept.device)
 
     def __iter__(self) -> Iterator[Tile]:

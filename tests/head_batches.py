@@ -1,4 +1,4 @@
-"""Inputs of the tests of hidden states and head, and their truth; budgets are those of `batches`."""
+"""Inputs of the tests of hidden states and head, and their truth; `batches` has the budgets."""
 
 from typing import Any, NamedTuple
 
@@ -72,7 +72,9 @@ def linear_truth(
         *(None if x is None else x.cpu() for x in batch[3:]),
     )
     upstream = None if upstream is None else upstream.cpu()
-    return value_and_grads(getattr(reference, f"linear_{function_name}"), exact, upstream, trains, **options)
+    return value_and_grads(
+        getattr(reference, f"linear_{function_name}"), exact, upstream, trains, **options
+    )
 
 
 def plain_linear(

@@ -153,9 +153,7 @@ def test_activation_checkpointing(use_reentrant, trains, backend, device):
         inputs = (hidden, weight, labels, mask, bias)
         return checkpoint(function, *inputs, use_reentrant=use_reentrant)
 
-    leaves = [
-        x.clone().requires_grad_(train) for x, train in zip(batch[:3], trains, strict=True)
-    ]
+    leaves = [x.clone().requires_grad_(train) for x, train in zip(batch[:3], trains, strict=True)]
     value = checkpointed(*leaves[:2], *batch[3:], bias=leaves[2])
     value.sum().backward()  # the reentrant kind does not go with autograd.grad
     grads = [x.grad for x in leaves if x.requires_grad]

@@ -96,7 +96,7 @@ def test_opcheck(layout, make_grad, backend, device):
     inputs = (cu_seqlens, "none", len(weight), *scaling, stats, backend)
     _, _, logps, *of_tokens, _ = _ops.combine(partials, target, weights, *inputs)
     grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
-    for needs in ([FROZEN] if make_grad else [ALL, (False, True, False), (True, False, True)]):
+    for needs in [FROZEN] if make_grad else [ALL, (False, True, False), (True, False, True)]:
         torch.library.opcheck(
             _head.linear_grad,
             (grad_logps, hidden, weight, bias, labels, weights, *of_tokens, kept, unit_grad)

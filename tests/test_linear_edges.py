@@ -91,8 +91,8 @@ def test_bad_labels_torch(label, device):
     labels[1, 2] = label
     with pytest.raises(IndexError, match=rf"labels\[1, 2\] is {label}, .*\[0, 300\).*ignore_index"):
         seq("torch")(hidden, weight, labels, bias=bias)
+    cu_seqlens = torch.tensor([0, 6], device=device)
     with pytest.raises(IndexError, match=rf"labels\[5\] is {label}"):
-        cu_seqlens = torch.tensor([0, 6], device=device)
         seq("torch")(hidden.view(6, 16), weight, labels.view(6), cu_seqlens=cu_seqlens)
 
 

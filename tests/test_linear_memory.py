@@ -11,8 +11,7 @@ from head_batches import ALL, FROZEN, make_head_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_triton import fused_linear_seq_logprob
-from dpo_triton import _head
+from dpo_triton import _head, fused_linear_seq_logprob
 from dpo_triton._head import TILE_V, kept_numel, rows_in
 
 
@@ -26,9 +25,7 @@ class Costs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         inputs = tree_leaves((args, kwargs or {}))
-        before = {
-            x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)
-        }
+        before = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         name = function.__name__.split(".")[0]
         if name in ("mm", "addmm", "bmm", "baddbmm", "matmul"):
@@ -52,9 +49,7 @@ def opened(monkeypatch):
 
 
 def leaves_of(batch, trains):
-    return [
-        x.clone().requires_grad_(train) for x, train in zip(batch[:3], trains, strict=True)
-    ]
+    return [x.clone().requires_grad_(train) for x, train in zip(batch[:3], trains, strict=True)]
 
 
 def costs_of(batch, trains, **options):

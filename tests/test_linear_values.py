@@ -184,9 +184,7 @@ def test_kinds_of_masks(kind, backend, device):
 def test_float64(trains):
     batch = make_head_batch((2, 7, 16), TILE_V + 7, torch.float64)
     found = value_and_grads(seq("torch"), batch, trains=trains, tile_bytes=3 * TILE_V * 8)
-    for ours, truth in zip(
-        found, linear_truth("seq_logprob", batch, trains=trains), strict=True
-    ):
+    for ours, truth in zip(found, linear_truth("seq_logprob", batch, trains=trains), strict=True):
         assert ours.dtype == torch.float64
         assert max_error(ours, truth) <= 1e-13 * float(truth.abs().max())
 
