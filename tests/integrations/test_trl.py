@@ -11,7 +11,10 @@ import inspect
 import math
 import os
 import random
+import socket
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +30,6 @@ from batches import assert_close
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
-from processes import run_processes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -278,21 +280,54 @@ def test_trainers_call_ours(kind, tokenizer, tmp_path, monkeypatch):
     assert len(calls) == {"DPO": 2 * 2, "KTO": 4 * 2}.get(kind, 2)
 
 
-def train_a_pair_a_step(folder: str) -> tuple[Any, Any]:
-    with adapter.fused():
-        ours = run("DPO", make_tokenizer(), folder, per_device_train_batch_size=1, **REF)
-    return ours.logs, ours.moved
+RANK = """
+import sys
+import torch
+import test_trl as t
+torch.set_num_threads(1)
+with t.adapter.fused():
+    run = t.run("DPO", t.make_tokenizer(), sys.argv[1], per_device_train_batch_size=1, **t.REF)
+torch.save((run.logs, run.moved), sys.argv[2])
+"""
 
 
 @runs_without
 def test_two_processes_of_gloo_train_as_one(tokenizer, tmp_path):
     """DistributedDataParallel, a pair a process, beside TRL's own with both pairs."""
-    theirs = run("DPO", tokenizer, tmp_path, **REF)
-    (logs, moved), (_, moved_too) = run_processes(train_a_pair_a_step, 2, str(tmp_path))
-    ours = copy.copy(theirs)
-    ours.logs, ours.moved = logs, moved  # the logs are the first process's
-    assert_same_runs(ours, theirs)
-    assert all(torch.equal(moved[name], moved_too[name]) for name in moved)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    where = dict(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        PYTHONPATH=path,
+        OMP_NUM_THREADS="1",
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path), str(tmp_path / f"{rank}.pt")],
+            env=os.environ | where | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        theirs = run("DPO", tokenizer, tmp_path, **REF)
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=120)
+            assert rank.returncode == 0, output
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank in range(2):
+        ours = copy.copy(theirs)
+        ours.logs, ours.moved = torch.load(tmp_path / f"{rank}.pt")
+        ours.logs = ours.logs if rank == 0 else theirs.logs  # only the first process logs
+        assert_same_runs(ours, theirs)
 
 
 def make_rows(
