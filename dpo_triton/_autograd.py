@@ -178,14 +178,14 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, labels, cu_seqlens, weights, lengths, *rest = ctx.saved_tensors
         kept, unit_grad, *of_tokens = rest
         grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, weights)
-        inputs: tuple[Any, ...] = (labels, weights, *of_tokens, kept, unit_grad, *ctx.options)
-        tensors: tuple[Any, ...] = (grad_logps, hidden, weight, bias)
+        inputs: list[Any] = [grad_logps, hidden, weight, bias, labels, weights, *of_tokens]
+        inputs += [kept, unit_grad, *ctx.options]
         needs = ctx.options[-2]
         if ctx.peers is None:
-            grads = _head.linear_grad(*tensors, *inputs)
+            grads = _head.linear_grad(*inputs)
         else:
             with ctx.peers.backward(needs[0]) as sum_:
-                grads = _head.head_grad(*tensors, *inputs, ctx.columns, sum_)
+                grads = _head.head_grad(*inputs, ctx.columns, sum_)
         asked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*asked, *(None,) * 15)
 
