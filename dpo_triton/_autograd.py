@@ -147,7 +147,7 @@ class LinearLogprob(torch.autograd.Function):
         if peers is None:
             of_head = _head.linear_partials(*inputs)
         else:
-            of_head = _head.head_partials(*inputs, columns, peers.gather_partials)
+            of_head = _head.head_partials(*inputs, columns=columns, gather=peers.gather_partials)
         partials, target, weights, kept, unit_grad = of_head
         values, lengths, logps, *of_tokens, token_stats = _ops.combine(
             partials,
@@ -178,14 +178,14 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, labels, cu_seqlens, weights, lengths, *rest = ctx.saved_tensors
         kept, unit_grad, *of_tokens = rest
         grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, weights)
-        inputs: list[Any] = [grad_logps, hidden, weight, bias, labels, weights, *of_tokens]
-        inputs += [kept, unit_grad, *ctx.options]
+        inputs: Any = (grad_logps, hidden, weight, bias, labels, weights, *of_tokens)
+        inputs = (*inputs, kept, unit_grad, *ctx.options)
         needs = ctx.options[-2]
         if ctx.peers is None:
             grads = _head.linear_grad(*inputs)
         else:
             with ctx.peers.backward(needs[0]) as sum_:
-                grads = _head.head_grad(*inputs, ctx.columns, sum_)
+                grads = _head.head_grad(*inputs, columns=ctx.columns, sum_=sum_)
         asked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*asked, *(None,) * 15)
 

@@ -198,8 +198,8 @@ def linear_partials(
         keep_tiles,
         make_grad,
         backend,
-        Columns(0, weight.shape[0], weight.shape[0]),
-        lambda partials, target: (partials, target),
+        columns=Columns(0, weight.shape[0], weight.shape[0]),
+        gather=lambda partials, target: (partials, target),
     )
 
 
@@ -221,6 +221,7 @@ def head_partials(
     keep_tiles: bool,
     make_grad: bool,
     backend: str,
+    *,
     columns: Columns,
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -352,8 +353,8 @@ def linear_grad(
         tile_bytes,
         needs,
         backend,
-        Columns(0, weight.shape[0], weight.shape[0]),
-        None,
+        columns=Columns(0, weight.shape[0], weight.shape[0]),
+        sum_=None,
     )
 
 
@@ -377,6 +378,7 @@ def head_grad(
     tile_bytes: int,
     needs: Sequence[bool],
     backend: str,
+    *,
     columns: Columns,
     sum_: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
