@@ -195,6 +195,26 @@ def failing(function: Callable[[], object]) -> dict[str, Any] | None:
     return None
 
 
+def splits_case(stats: tuple[str, ...]) -> dict[str, Any]:
+    """Shards that end where Triton's splits do, beside the whole, which rank 0 computes."""
+    bounds = [0, 16384, 2 * 16384, 3 * 16384, 3 * 16384 + 48]  # a multiple of 16: aligned as they are
+    logits, labels, mask = inputs(2, 3, bounds[-1], torch.bfloat16)
+    options = dict(stats=stats, backend="triton")
+    shard = shard_of(bounds)
+    own = logits[..., shard.start : shard.stop].clone().requires_grad_()
+    value, found = dpo_triton.fused_seq_logprob(own, labels, mask, vocab_shard=shard, **options)
+    results: dict[str, Any] = dict(value=value.detach(), stats=found)
+    results["grad"] = torch.autograd.grad(value.sum(), own)[0]
+    if dist.get_rank() == 0:
+        logits.requires_grad_()
+        value, results["whole_stats"] = dpo_triton.fused_seq_logprob(
+            logits, labels, mask, **options
+        )
+        results["whole_value"] = value.detach()
+        results["whole_grad"] = torch.autograd.grad(value.sum(), logits)[0]
+    return results
+
+
 def mismatch_case(kind: str, wrong_rank: int) -> dict[str, Any] | None:
     """Rank wrong_rank passes something else, in shards of 8 columns."""
     rank, size = dist.get_rank(), dist.get_world_size()

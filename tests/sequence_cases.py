@@ -1,4 +1,4 @@
-"""What each process of the tests of sharded sequences and of DTensors does; see `parallel_cases`."""
+"""What each process does in the tests of sharded sequences and of DTensors."""
 
 from typing import Any
 
@@ -191,7 +191,7 @@ def frees_the_whole_head_case() -> bool:
 def placement_errors_case() -> list[Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     flat = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    hidden, weight, bias, labels, mask = head(4, 4, 8, 16, torch.float32)
+    hidden, weight, bias, labels, _ = head(4, 4, 8, 16, torch.float32)
     logits = torch.randn(4, 4, 16)
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
     states = distribute_tensor(hidden, mesh, [Replicate()])

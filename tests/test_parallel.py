@@ -1,5 +1,6 @@
 """Vocabularies in shards over real processes: the same bits on every rank, and those of float64."""
 
+import importlib.util
 from typing import Any
 
 import parallel_cases as cases
@@ -14,6 +15,7 @@ from torch import Tensor
 from dpo_triton import VocabShard, fused_linear_seq_logprob, fused_seq_logprob, reference
 
 SIZE = 4
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BF16 = torch.bfloat16
 # 8 tokens in 4 sequences keep it fast; 50257 is odd, and so are these shards.
 WIDE = (4, 8, 50257)
@@ -114,6 +116,8 @@ def results(seed: int) -> list[dict[str, Any]]:
             every[f"aligned, {dtype}, {is_trained}"] = Case(cases.head_case, options)
     for kind in (*MISMATCHES, *OWN_ERRORS):
         every[f"mismatch, {kind}"] = Case(cases.mismatch_case, dict(kind=kind, wrong_rank=2))
+    if HAS_TRITON:
+        every["splits"] = Case(cases.splits_case, dict(stats=STATS))
     every["out of vocabulary"] = Case(cases.out_of_vocabulary_case, {})
     for stage in ("forward", "backward"):
         options = dict(stage=stage, wrong_rank=1)
@@ -282,6 +286,16 @@ def test_shards_that_end_where_tiles_do_have_the_bits_of_the_whole(
             assert torch.equal(of_ranks_, whole["grads"][i])
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_shards_that_end_where_splits_do_have_the_bits_of_the_whole(results):
+    ranks = of_ranks(results, "splits")
+    assert_same_everywhere(ranks)
+    assert torch.equal(ranks[0]["value"], ranks[0]["whole_value"])
+    for name, stat in ranks[0]["whole_stats"].items():
+        assert torch.equal(stat, ranks[0]["stats"][name]), name
+    assert torch.equal(torch.cat([rank["grad"] for rank in ranks], -1), ranks[0]["whole_grad"])
+
+
 @pytest.mark.parametrize("name", LOGITS)
 def test_bytes_for_logits(results, seed, name):
     """8 bytes a scored token and split (here one) for the partials, 4 for the target, 4 for each
@@ -326,7 +340,6 @@ def test_a_rank_takes_its_share_of_memory(results, kind):
     sharded = of_ranks(results, f"peak, {kind}, True")
     if whole is None:
         pytest.skip("the kernel keeps no record of the peak")
-    print(kind, whole, sharded)
     for rank in sharded:
         assert rank <= whole / SIZE + 8
 
