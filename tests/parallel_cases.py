@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from parallel_ways import Sent
 from torch import Tensor
 
 import dpo_triton
@@ -81,37 +82,6 @@ def padded(columns: Tensor, width: int, dim: int) -> Tensor:
     size = list(columns.shape)
     size[dim] = width
     return torch.cat([columns, columns.new_full(size, torch.nan)], dim)
-
-
-class Sent:
-    """Bytes that this rank hands to collectives for each other rank, or puts into an all-reduce."""
-
-    def __enter__(self) -> "Sent":
-        self.notes = self.gathered = self.reduced = 0
-        self._originals = (dist.all_gather, dist.all_to_all_single, dist.all_reduce)
-
-        def all_gather(received: Any, mine: Tensor, **options: Any) -> Any:
-            self.notes += mine.nbytes
-            return self._originals[0](received, mine, **options)
-
-        def all_to_all_single(received: Tensor, mine: Tensor, **options: Any) -> Any:
-            self.gathered += max(options["input_split_sizes"]) * mine.element_size()
-            return self._originals[1](received, mine, **options)
-
-        def all_reduce(numbers: Tensor, **options: Any) -> Any:
-            self.reduced += numbers.nbytes
-            return self._originals[2](numbers, **options)
-
-        dist.all_gather, dist.all_to_all_single, dist.all_reduce = (
-            all_gather, all_to_all_single, all_reduce,
-        )  # fmt: skip
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        dist.all_gather, dist.all_to_all_single, dist.all_reduce = self._originals
-
-    def counts(self) -> tuple[int, int, int]:
-        return self.notes, self.gathered, self.reduced
 
 
 def logits_case(
@@ -197,7 +167,13 @@ def failing(function: Callable[[], object]) -> dict[str, Any] | None:
 
 def splits_case(stats: tuple[str, ...]) -> dict[str, Any]:
     """Shards that end where Triton's splits do, beside the whole, which rank 0 computes."""
-    bounds = [0, 16384, 2 * 16384, 3 * 16384, 3 * 16384 + 48]  # a multiple of 16: aligned as they are
+    bounds = [
+        0,
+        16384,
+        2 * 16384,
+        3 * 16384,
+        3 * 16384 + 48,
+    ]  # a multiple of 16: aligned as they are
     logits, labels, mask = inputs(2, 3, bounds[-1], torch.bfloat16)
     options = dict(stats=stats, backend="triton")
     shard = shard_of(bounds)

@@ -4,6 +4,8 @@ import importlib.util
 from typing import Any
 
 import parallel_cases as cases
+import parallel_model
+import parallel_ways as ways
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,10 @@ PEAKS = {
 }
 
 
+# Of the benchmark: shards of one width, as its model has them.
+BENCHMARK = ways.Batch(4, 8, 16, 4 * 5000, 0.5, seed=0)
+
+
 @pytest.fixture(scope="module")
 def seed(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--seed"))
@@ -118,6 +124,7 @@ def results(seed: int) -> list[dict[str, Any]]:
         every[f"mismatch, {kind}"] = Case(cases.mismatch_case, dict(kind=kind, wrong_rank=2))
     if HAS_TRITON:
         every["splits"] = Case(cases.splits_case, dict(stats=STATS))
+    every["benchmark"] = Case(ways.measure, dict(batch=BENCHMARK, ways=list(ways.WAYS)))
     every["out of vocabulary"] = Case(cases.out_of_vocabulary_case, {})
     for stage in ("forward", "backward"):
         options = dict(stage=stage, wrong_rank=1)
@@ -332,6 +339,26 @@ def test_bytes_for_hidden_states(results, seed, name, is_trained):
         assert result["sent_back"] == (1024, 0, word * num_scored * case["shape"][2])
         if stats == 0 and word == 4:
             assert result["sent"][1] - 4 <= 12 * splits * num_scored
+
+
+@pytest.mark.parametrize("name", ways.WAYS)
+def test_the_benchmarks_model_has_the_bytes_that_are_sent(results, name):
+    ranks = of_ranks(results, "benchmark")
+    num_scored = ranks[0][name]["num_scored"]
+    step = parallel_model.Step(num_scored, BENCHMARK.hidden_size, BENCHMARK.vocab_size)
+    cost = parallel_model.cost(name, step, SIZE)
+    num_tokens = BENCHMARK.batch * BENCHMARK.seq_len
+    for rank in ranks:
+        assert torch.equal(rank[name]["values"], ranks[0][name]["values"])
+        assert rank[name]["error"] < 0.05
+        assert rank[name]["calls"] == cost.collectives
+        sent, sent_back = rank[name]["forward"], rank[name]["backward"]
+        if name == ways.OURS:
+            assert sent == cost.forward_bytes + (SIZE - 1) * 4  # a status
+            assert sent_back == cost.backward_bytes
+        else:  # they reduce the gradient of all hidden states
+            assert sent == cost.forward_bytes
+            assert sent_back == pytest.approx(cost.backward_bytes * num_tokens / num_scored)
 
 
 @pytest.mark.parametrize("kind", PEAKS)
