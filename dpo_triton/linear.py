@@ -141,7 +141,7 @@ def fused_linear_seq_logprob(
     )
     with parallel.peers(vocab_shard, sequence_group) as peers:
         _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
-        values, lengths, logps, token_stats = _linear_logprob(
+        values, lengths, logps, token_stats = parallel.uncompiled(_linear_logprob, peers)(
             hidden,
             weight,
             labels,
@@ -238,7 +238,7 @@ def fused_linear_token_logprob(
         _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
         if mask is not None and isinstance(mask, Tensor):
             mask = mask != 0
-        result, _, logps, token_stats = _linear_logprob(
+        result, _, logps, token_stats = parallel.uncompiled(_linear_logprob, peers)(
             hidden,
             weight,
             labels,

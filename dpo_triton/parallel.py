@@ -14,6 +14,7 @@ error on every rank, and nobody is left waiting in a collective.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
@@ -23,7 +24,7 @@ from contextlib import (
     suppress,
 )
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ from ._weights import token_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # A note is JSON, filled up with blanks.
 NOTE_BYTES = 1024
@@ -353,6 +356,15 @@ def peers(
     if shard is None and sequence_group is None:
         return nullcontext()
     return Peers(shard, sequence_group)
+
+
+def uncompiled(function: Function, peers: Peers | None) -> Function:
+    """The function, which torch.compile does not look into where there are peers: their frames
+    would be compiled one by one after `Peers` has refused."""
+    if peers is None or "torch._dynamo" not in sys.modules:
+        return function
+    disabled: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def _check_range(shard: VocabShard, width: int) -> tuple[int, int]:

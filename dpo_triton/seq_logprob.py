@@ -144,7 +144,7 @@ def fused_seq_logprob(
     )
     with parallel.peers(vocab_shard, sequence_group) as peers:
         _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
-        values, lengths, logps, token_stats = _logprob(
+        values, lengths, logps, token_stats = parallel.uncompiled(_logprob, peers)(
             logits,
             labels,
             mask,
@@ -233,7 +233,7 @@ def fused_token_logprob(
         _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
         if mask is not None and isinstance(mask, Tensor):
             mask = mask != 0
-        result, _, logps, token_stats = _logprob(
+        result, _, logps, token_stats = parallel.uncompiled(_logprob, peers)(
             logits,
             labels,
             mask,
