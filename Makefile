@@ -19,7 +19,7 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench bench-kernels bench-trl gpu-check hub lint format clean
+.PHONY: help demo test bench bench-kernels bench-trl bench-parallel gpu-check hub lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model (downloads 100 MB)"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
 	@echo "make bench-trl      steps of TRL's DPOTrainer with its own head and with ours"
+	@echo "make bench-parallel  a sharded head over processes, and modelled over 1 to 64 GPUs"
 	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
 	@echo "make hub     dist/hub: the layout for the Hugging Face Hub's kernels package"
 	@echo "make lint    ruff and mypy;  make format  lay the code out"
@@ -46,6 +47,9 @@ bench-kernels: $(VENV)/.dev
 
 bench-trl: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_trl.py $(ARGS)
+
+bench-parallel: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py

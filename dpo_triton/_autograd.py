@@ -1,12 +1,15 @@
 """Autograd glue: the forward passes call partials and combine, the backward passes grad."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _head, _ops
+
+if TYPE_CHECKING:
+    from .parallel import Peers
 
 
 class Logprob(torch.autograd.Function):
@@ -32,37 +35,43 @@ class Logprob(torch.autograd.Function):
         stats: Sequence[str],
         inplace_backward: bool,
         backend: str,
+        peers: "Peers | None",  # the ranks that have the other columns or tokens
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scaling = (temperature, logit_scale, softcap)
-        vocab_size = logits.shape[-1]
+        columns = _columns(logits.shape[-1], peers)
         partials, target, weights = _ops.partials(
-            logits,
+            logits[..., : columns.width],
             labels,
             mask,
             cu_seqlens,
             shift,
             ignore_index,
-            0,
-            vocab_size,
+            columns.first,
+            columns.vocab_size,
             *scaling,
             stats,
             backend,
         )
+        if peers is not None:
+            partials, target = peers.gather_all_partials(partials, target, weights)
         values, lengths, logps, *of_tokens, token_stats = _ops.combine(
             partials,
             target,
             weights,
             cu_seqlens,
-            reduction,
-            vocab_size,
+            _local(reduction, peers),
+            columns.vocab_size,
             *scaling,
             stats,
             backend,
         )
+        if peers is not None:
+            values, lengths = peers.sum_sequences(values, lengths, weights, cu_seqlens, reduction)
         result = logps.clone() if reduction == "none" else values
         ctx.save_for_backward(logits, labels, cu_seqlens, weights, lengths, *of_tokens)
         ctx.reduction = reduction
-        ctx.options = (shift, 0, *scaling, backend)
+        ctx.options = (shift, columns.first, *scaling, backend)
+        ctx.num_columns = columns.width
         ctx.inplace_backward = inplace_backward
         ctx.is_overwritten = False
         ctx.mark_non_differentiable(lengths, logps, token_stats)
@@ -77,12 +86,17 @@ class Logprob(torch.autograd.Function):
             )
         logits, labels, cu_seqlens, weights, lengths, *of_tokens = ctx.saved_tensors
         grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, weights)
-        inputs = (grad_logps, logits, labels, weights, *of_tokens, *ctx.options)
-        if ctx.inplace_backward:
-            _ops.grad_(*inputs)
-            ctx.is_overwritten = True
-            return (logits, *(None,) * 12)
-        return (_ops.grad(*inputs), *(None,) * 12)
+        inputs = (labels, weights, *of_tokens, *ctx.options)
+        is_padded = ctx.num_columns < logits.shape[-1]
+        if not ctx.inplace_backward and not is_padded:
+            return (_ops.grad(grad_logps, logits, *inputs), *(None,) * 13)
+        # Over a copy of padded logits: a gradient of their columns would be copied all the same.
+        out = logits if ctx.inplace_backward else logits.clone()
+        _ops.grad_(grad_logps, out[..., : ctx.num_columns], *inputs)
+        if is_padded:
+            out[..., ctx.num_columns :] = 0
+        ctx.is_overwritten = True
+        return (out, *(None,) * 13)
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -108,10 +122,12 @@ class LinearLogprob(torch.autograd.Function):
         tile_bytes: int,
         needs: Sequence[bool],  # of hidden, weight and bias
         backend: str,
+        peers: "Peers | None",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scaling = (temperature, logit_scale, softcap)
         head_trains = needs[1] or needs[2]
-        partials, target, weights, kept, unit_grad = _head.linear_partials(
+        columns = _columns(weight.shape[0], peers)
+        inputs = (
             hidden,
             weight,
             bias,
@@ -128,22 +144,31 @@ class LinearLogprob(torch.autograd.Function):
             needs[0] and not head_trains,
             backend,
         )
+        if peers is None:
+            of_head = _head.linear_partials(*inputs)
+        else:
+            of_head = _head.head_partials(*inputs, columns=columns, gather=peers.gather_partials)
+        partials, target, weights, kept, unit_grad = of_head
         values, lengths, logps, *of_tokens, token_stats = _ops.combine(
             partials,
             target,
             weights,
             cu_seqlens,
-            reduction,
-            weight.shape[0],
+            _local(reduction, peers),
+            columns.vocab_size,
             *scaling,
             stats,
             backend,
         )
+        if peers is not None:
+            values, lengths = peers.sum_sequences(values, lengths, weights, cu_seqlens, reduction)
         result = logps.clone() if reduction == "none" else values
+        if unit_grad.numel() > 0:  # of no more use: one gathered for this pass can be freed
+            weight = weight.new_empty(0)
         ctx.save_for_backward(
             hidden, weight, bias, labels, cu_seqlens, weights, lengths, kept, unit_grad, *of_tokens
         )
-        ctx.reduction = reduction
+        ctx.reduction, ctx.columns, ctx.peers = reduction, columns, peers
         ctx.options = (shift, *scaling, dtype, tile_bytes, needs, backend)
         ctx.mark_non_differentiable(lengths, logps, token_stats)
         return result, lengths, logps, token_stats
@@ -153,11 +178,28 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, labels, cu_seqlens, weights, lengths, *rest = ctx.saved_tensors
         kept, unit_grad, *of_tokens = rest
         grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, weights)
-        inputs = (labels, weights, *of_tokens, kept, unit_grad, *ctx.options)
-        grads = _head.linear_grad(grad_logps, hidden, weight, bias, *inputs)
+        inputs: Any = (grad_logps, hidden, weight, bias, labels, weights, *of_tokens)
+        inputs = (*inputs, kept, unit_grad, *ctx.options)
         needs = ctx.options[-2]
+        if ctx.peers is None:
+            grads = _head.linear_grad(*inputs)
+        else:
+            with ctx.peers.backward(needs[0]) as sum_:
+                grads = _head.head_grad(*inputs, columns=ctx.columns, sum_=sum_)
         asked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return (*asked, *(None,) * 14)
+        return (*asked, *(None,) * 15)
+
+
+def _columns(width: int, peers: "Peers | None") -> _head.Columns:
+    """Which columns of the vocabulary are here: all, unless it is sharded."""
+    if peers is None or peers.columns is None:
+        return _head.Columns(0, width, width)
+    return peers.columns
+
+
+def _local(reduction: str, peers: "Peers | None") -> str:
+    """What combine does of a sequence: where its tokens are sharded, only their sum is known."""
+    return reduction if peers is None or peers.sequence is None else "sum"
 
 
 def _spread(

@@ -19,7 +19,7 @@ arXiv:2205.14135), and the target's column is left out of them: its part keeps i
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,15 @@ class Scaling(NamedTuple):
         if self.softcap is None:
             return self.steepest
         return self.steepest * (1.0 - (u / self.softcap).square())
+
+
+class Columns(NamedTuple):
+    """Which columns of a vocabulary a head makes: `width` from `first` on, of `vocab_size`. What
+    rows its weight has beyond them are padding."""
+
+    first: int
+    width: int
+    vocab_size: int
 
 
 class Rows(NamedTuple):
@@ -171,9 +180,56 @@ def linear_partials(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Partials (C, K, N), targets (N,) and weights (B, T) as those of `partials`; logits that
     linear_grad need not make again, flat; with make_grad d logp / d hidden, (N, H), else empty."""
+    return head_partials(
+        hidden,
+        weight,
+        bias,
+        labels,
+        mask,
+        cu_seqlens,
+        shift,
+        ignore_index,
+        temperature,
+        logit_scale,
+        softcap,
+        stats,
+        dtype,
+        tile_bytes,
+        keep_tiles,
+        make_grad,
+        backend,
+        columns=Columns(0, weight.shape[0], weight.shape[0]),
+        gather=lambda partials, target: (partials, target),
+    )
+
+
+def head_partials(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    stats: Sequence[str],
+    dtype: torch.dtype,
+    tile_bytes: int,
+    keep_tiles: bool,
+    make_grad: bool,
+    backend: str,
+    *,
+    columns: Columns,
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`linear_partials` of some columns: `gather` makes of their partials (C, K, M) and targets
+    (M,) those of the whole vocabulary, and d logp / d hidden is these columns' part of it."""
     scaling = Scaling(temperature, logit_scale, softcap)
     stages = resolve_backend(backend, hidden.device, dtype)
-    vocab_size = weight.shape[0]
+    first_column, num_columns, vocab_size = columns
     if stages.checks_values and cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, labels.numel())
     weights = token_weights(labels, mask, cu_seqlens, shift, ignore_index, _sum_dtype(dtype))
@@ -182,12 +238,12 @@ def linear_partials(
     rows = _scored_rows(hidden, labels, weights, shift, dtype)
     num_rows, num_tokens = len(rows.tokens), labels.numel()
     kept = hidden.new_empty(
-        kept_numel(num_tokens, vocab_size, tile_bytes, dtype) if keep_tiles else 0, dtype=dtype
+        kept_numel(num_tokens, num_columns, tile_bytes, dtype) if keep_tiles else 0, dtype=dtype
     )
-    partials = weights.new_empty((2 + len(stats), num_splits(vocab_size), num_rows))
+    partials = weights.new_empty((2 + len(stats), num_splits(num_columns), num_rows))
     target = torch.full_like(rows.weights, -torch.inf)
-    sums = _HiddenGrad(rows, scaling, stages) if make_grad else None
-    for tile in Tiles(num_rows, vocab_size, tile_bytes, kept, dtype):
+    sums = _HiddenGrad(rows, scaling, stages, columns) if make_grad else None
+    for tile in Tiles(num_rows, num_columns, tile_bytes, kept, dtype):
         _logits_(tile, rows, weight, bias)
         here, of_tile, _ = stages.partials(
             tile.logits[None],
@@ -196,7 +252,7 @@ def linear_partials(
             None,
             False,
             ignore_index,
-            tile.columns.start,
+            first_column + tile.columns.start,
             vocab_size,
             *scaling,
             stats,
@@ -205,6 +261,7 @@ def linear_partials(
         target[tile.rows] = torch.maximum(target[tile.rows], of_tile)  # NaN stays
         if sums is not None:
             sums.add(tile, here, weight)
+    partials, target = gather(partials, target)
     unit_grad = weights.new_empty(0)
     if sums is not None:
         unit_grad = weights.new_zeros(num_tokens, hidden.shape[-1])
@@ -276,6 +333,57 @@ def linear_grad(
 
     grad_logps is (B, T), of any strides, and not read where a token is not scored.
     """
+    return head_grad(
+        grad_logps,
+        hidden,
+        weight,
+        bias,
+        labels,
+        weights,
+        complement,
+        reference,
+        share,
+        kept,
+        unit_grad,
+        shift,
+        temperature,
+        logit_scale,
+        softcap,
+        dtype,
+        tile_bytes,
+        needs,
+        backend,
+        columns=Columns(0, weight.shape[0], weight.shape[0]),
+        sum_=None,
+    )
+
+
+def head_grad(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    complement: Tensor,
+    reference: Tensor,
+    share: Tensor,
+    kept: Tensor,
+    unit_grad: Tensor,
+    shift: bool,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    tile_bytes: int,
+    needs: Sequence[bool],
+    backend: str,
+    *,
+    columns: Columns,
+    sum_: Callable[[Tensor], None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_grad` of some columns: `sum_` adds to the gradient of the scored hidden states
+    (M, H), in place, what the other columns say of it, before it is rounded."""
     needs_hidden, needs_weight, needs_bias = needs
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
     grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
@@ -287,17 +395,24 @@ def linear_grad(
     if unit_grad.numel() > 0:
         coefficient = torch.where(weights != 0, grad_logps * weights, 0.0).flatten()
         # The first token is never scored by a shift: it leaves its 0 to the last hidden state.
-        coefficient = coefficient.roll(-int(shift))
-        torch.mul(unit_grad, coefficient[:, None], out=grad_hidden.view(unit_grad.shape))
+        coefficient = coefficient.roll(-int(shift))[:, None]
+        flat_grad = grad_hidden.view(unit_grad.shape)
+        if sum_ is None:
+            torch.mul(unit_grad, coefficient, out=flat_grad)
+        else:
+            places = weights.flatten().nonzero().squeeze(1) - int(shift)
+            hidden_sum = unit_grad.index_select(0, places).mul_(coefficient[places])
+            sum_(hidden_sum)
+            flat_grad.index_copy_(0, places, hidden_sum.to(hidden.dtype))
         return grad_hidden, grad_weight, bias_result()
 
     stages = resolve_backend(backend, hidden.device, dtype)
     rows = _scored_rows(hidden, labels, weights, shift, dtype)
-    num_rows, vocab_size = len(rows.tokens), weight.shape[0]
+    num_rows = len(rows.tokens)
     if num_rows == 0:
         return grad_hidden, grad_weight.zero_(), bias_result()
     of_rows = [x.reshape(-1)[rows.tokens] for x in (grad_logps, complement, reference, share)]
-    tiles = Tiles(num_rows, vocab_size, tile_bytes, kept, dtype)
+    tiles = Tiles(num_rows, columns.width, tile_bytes, kept, dtype)
     hidden_sum = rows.hidden.new_empty(
         rows.hidden.shape if needs_hidden else 0, dtype=weights.dtype
     )
@@ -319,7 +434,7 @@ def linear_grad(
             rows.weights[None, tile.rows],
             *of_tile,
             False,
-            tile.columns.start,
+            columns.first + tile.columns.start,
             temperature,
             logit_scale,
             softcap,
@@ -337,7 +452,11 @@ def linear_grad(
                 place.copy_(total)
         if needs_bias:
             grad_bias[tile.columns] += d.sum(0, dtype=weights.dtype)
+    if needs_weight:
+        grad_weight[columns.width :] = 0
     if needs_hidden:
+        if sum_ is not None:
+            sum_(hidden_sum)
         grad_hidden.view(-1, hidden.shape[-1]).index_copy_(
             0, rows.places, hidden_sum.to(hidden.dtype)
         )
@@ -367,8 +486,8 @@ forbid_double_backward(f"{NAMESPACE}::linear_grad")
 class _HiddenGrad:
     """d logp / d hidden of the scored rows, tile by tile; overwrites the tiles."""
 
-    def __init__(self, rows: Rows, scaling: Scaling, stages: Backend) -> None:
-        self.rows, self.scaling, self.stages = rows, scaling, stages
+    def __init__(self, rows: Rows, scaling: Scaling, stages: Backend, columns: Columns) -> None:
+        self.rows, self.scaling, self.stages, self.columns = rows, scaling, stages, columns
         self.sum = torch.zeros_like(rows.hidden, dtype=rows.weights.dtype)
         # log2 of the largest split's total: what the sum is relative to.
         self.reference = torch.full_like(rows.weights, -(2.0**100))
@@ -393,21 +512,25 @@ class _HiddenGrad:
             larger,
             ones * UNIT,
             False,
-            tile.columns.start,
+            self.columns.first + tile.columns.start,
             *self.scaling,
             out=tile.logits[None],
         )
         _add_product(total_sum, tile.logits, weight[tile.columns].to(tile.logits.dtype), False)
 
     def finish(self, partials: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        """(M, H), from the partials (2, K, M) and targets (M,) of all tiles."""
+        """(M, H), from the partials (2, K, M) and targets (M,) of the whole vocabulary."""
+        first, num_columns, vocab_size = self.columns
         _, _, _, complement, reference, share, _ = self.stages.combine(
-            partials, target, self.ones[None], None, "none", len(weight), *self.scaling, []
+            partials, target, self.ones[None], None, "none", vocab_size, *self.scaling, []
         )
         normaliser = share * (self.reference - reference).exp2() * (self.scaling.steepest / UNIT)
         of_target = complement * self.scaling.gradient(target)
-        y = self.rows.labels.long().clamp(0, len(weight) - 1)
-        of_target = of_target[:, None] * weight[y].to(self.rows.hidden.dtype)
+        y = self.rows.labels.long() - first
+        of_target.masked_fill_((y < 0) | (y >= num_columns), 0.0)  # others have it
+        of_target = of_target[:, None] * weight[y.clamp(0, num_columns - 1)].to(
+            self.rows.hidden.dtype
+        )
         return self.sum.mul_(normaliser[:, None]).add_(of_target)
 
 

@@ -1,19 +1,26 @@
 """Log-probabilities of label sequences, and of their tokens, from hidden states and the head."""
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _head, parallel
 from ._autograd import LinearLogprob
-from ._backends import BackendName
+from ._backends import BackendName, resolve_backend
+from ._dtensor import local_head
+from .parallel import Peers, VocabShard
 from .seq_logprob import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Memory of the tiles where the caller names none. On a GPU a tile should be thousands of rows.
 TILE_BYTES = {"cpu": 56 * 2**20}
 TILE_BYTES_ELSEWHERE = 256 * 2**20
+# What a rank with few of the columns takes at least, beyond its share of that.
+LEAST_TILE_BYTES = 4 * 2**20
 
 
 @overload
@@ -33,6 +40,8 @@ def fused_linear_seq_logprob(  # type: ignore[overload-overlap]
     softcap: float | None = None,
     stats: tuple[()] = (),
     tile_bytes: int | None = None,
+    vocab_shard: VocabShard | None = None,
+    sequence_group: "ProcessGroup | None" = None,
     backend: BackendName = "auto",
 ) -> Tensor: ...
 @overload
@@ -52,6 +61,8 @@ def fused_linear_seq_logprob(
     softcap: float | None = None,
     stats: Sequence[str],
     tile_bytes: int | None = None,
+    vocab_shard: VocabShard | None = None,
+    sequence_group: "ProcessGroup | None" = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_linear_seq_logprob(
@@ -70,6 +81,8 @@ def fused_linear_seq_logprob(
     softcap: float | None = None,
     stats: Sequence[str] = (),
     tile_bytes: int | None = None,
+    vocab_shard: VocabShard | None = None,
+    sequence_group: "ProcessGroup | None" = None,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label sequence, in nats, without logits: only tiles of them exist.
@@ -90,7 +103,17 @@ def fused_linear_seq_logprob(
         bias: (V,), or None.
         reduction, shift, cu_seqlens, ignore_index, temperature, logit_scale, softcap, stats,
             backend: see `fused_seq_logprob`. logit_scale multiplies the bias too.
-        tile_bytes: memory for logits; by default 56 MiB on a CPU, 256 MiB on a GPU. Tiles that it
+        vocab_shard: which rows of the head weight and bias are, on this rank; see
+            `fused_seq_logprob`. Their gradients are of those rows; that of hidden is whole, on
+            every rank. A weight that is a DTensor in Shard(0) says so itself: if hidden is a
+            replicated DTensor, it is a shard of the vocabulary (tensor parallel). If hidden is a
+            plain tensor, the ranks have different batches (data parallel, FSDP2): the weight is
+            gathered, once, and freed after the backward pass (after the forward pass if it does
+            not train), and its gradient is averaged over the mesh and scattered.
+        sequence_group: see `fused_seq_logprob`. The gradients of weight and bias are of this
+            rank's tokens: add them up over the ranks.
+        tile_bytes: memory for logits; by default 56 MiB on a CPU, 256 MiB on a GPU, and of that its
+            share, at least 4 MiB, for a rank that has some of the columns. Tiles that it
             has room for are kept for the backward pass of a head that trains, the others are made
             again there. A tile has at least one row, of 4096 logits.
 
@@ -113,24 +136,29 @@ def fused_linear_seq_logprob(
     Source: Wijmans et al. 2024, arXiv:2411.09009 (tiles of logits recomputed in the backward pass);
         of the values, see `fused_seq_logprob`.
     """
-    _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
-    values, lengths, logps, token_stats = _linear_logprob(
-        hidden,
-        weight,
-        labels,
-        mask,
-        bias=bias,
-        reduction=reduction,
-        shift=shift,
-        cu_seqlens=cu_seqlens,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        stats=stats,
-        tile_bytes=tile_bytes,
-        backend=backend,
+    hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard = local_head(
+        hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard
     )
+    with parallel.peers(vocab_shard, sequence_group) as peers:
+        _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
+        values, lengths, logps, token_stats = parallel.uncompiled(_linear_logprob, peers)(
+            hidden,
+            weight,
+            labels,
+            mask,
+            bias=bias,
+            reduction=reduction,
+            shift=shift,
+            cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            stats=stats,
+            tile_bytes=tile_bytes,
+            backend=backend,
+            peers=peers,
+        )
     if not stats:
         return values
     every = {"lengths": lengths, "token_logps": logps, **token_stats}
@@ -153,6 +181,7 @@ def fused_linear_token_logprob(  # type: ignore[overload-overlap]
     softcap: float | None = None,
     stats: tuple[()] = (),
     tile_bytes: int | None = None,
+    vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
 ) -> Tensor: ...
 @overload
@@ -171,6 +200,7 @@ def fused_linear_token_logprob(
     softcap: float | None = None,
     stats: Sequence[str],
     tile_bytes: int | None = None,
+    vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_linear_token_logprob(
@@ -188,6 +218,7 @@ def fused_linear_token_logprob(
     softcap: float | None = None,
     stats: Sequence[str] = (),
     tile_bytes: int | None = None,
+    vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label, in nats, 0 where it is not scored; differentiable.
@@ -200,26 +231,31 @@ def fused_linear_token_logprob(
         first position of each sequence is 0. With stats, a pair of that and a dict from name to
         detached tensor.
     """
-    _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
-    if mask is not None and isinstance(mask, Tensor):
-        mask = mask != 0
-    result, _, logps, token_stats = _linear_logprob(
-        hidden,
-        weight,
-        labels,
-        mask,
-        bias=bias,
-        reduction="none",
-        shift=shift,
-        cu_seqlens=cu_seqlens,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        stats=stats,
-        tile_bytes=tile_bytes,
-        backend=backend,
+    hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard = local_head(
+        hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard
     )
+    with parallel.peers(vocab_shard, None) as peers:
+        _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
+        if mask is not None and isinstance(mask, Tensor):
+            mask = mask != 0
+        result, _, logps, token_stats = parallel.uncompiled(_linear_logprob, peers)(
+            hidden,
+            weight,
+            labels,
+            mask,
+            bias=bias,
+            reduction="none",
+            shift=shift,
+            cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            stats=stats,
+            tile_bytes=tile_bytes,
+            backend=backend,
+            peers=peers,
+        )
     if not stats:
         return result
     every = {"token_logps": logps, **token_stats}
@@ -243,6 +279,7 @@ def _linear_logprob(
     stats: Sequence[str],
     tile_bytes: int | None,
     backend: str,
+    peers: Peers | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Check, dispatch, and name the stats. Packed tokens are a batch of one to the stages."""
     _checks.check_hidden(hidden, weight, bias, cu_seqlens)
@@ -255,8 +292,6 @@ def _linear_logprob(
     else:
         _checks.check_product_dtypes(hidden, weight, bias)
         dtype = hidden.dtype
-    if tile_bytes is None:
-        tile_bytes = TILE_BYTES.get(device, TILE_BYTES_ELSEWHERE)
     if cu_seqlens is not None:
         hidden, labels = hidden[None], labels[None]
         mask = None if mask is None else mask[None]
@@ -265,6 +300,35 @@ def _linear_logprob(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     ]
+    share = 1.0
+    if peers is not None:
+        stages = resolve_backend(backend, hidden.device, dtype)
+        peers.agree(
+            labels,
+            mask,
+            cu_seqlens,
+            bool(shift),
+            ignore_index,
+            torch.float64 if dtype == torch.float64 else torch.float32,
+            weight.shape[0],
+            _head.num_splits,
+            {
+                "hidden's dtype and size": [str(hidden.dtype), hidden.shape[-1]],
+                "dtype of products": str(dtype),
+                "reduction": reduction,
+                "temperature": float(temperature),
+                "logit_scale": float(logit_scale),
+                "softcap": softcap,
+                "stats": stage_stats,
+                "whether hidden requires a gradient": needs[0],
+                "backend": "torch" if stages.on_host else "triton",
+            },
+        )
+        if peers.columns is not None:
+            share = peers.columns.width / peers.columns.vocab_size
+    if tile_bytes is None:
+        default = TILE_BYTES.get(device, TILE_BYTES_ELSEWHERE)
+        tile_bytes = max(int(default * share), LEAST_TILE_BYTES)
     result, lengths, logps, token_stats = LinearLogprob.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
@@ -283,6 +347,7 @@ def _linear_logprob(
         tile_bytes,
         needs,
         backend,
+        peers,
     )
     if cu_seqlens is not None:
         logps, token_stats = logps[0], token_stats[:, 0]

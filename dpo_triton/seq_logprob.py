@@ -1,13 +1,19 @@
 """Log-probabilities of label sequences, and of their tokens, from logits."""
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, parallel
 from ._autograd import Logprob
-from ._backends import BackendName
+from ._backends import BackendName, resolve_backend
+from ._dtensor import local_logits
+from .parallel import Peers, VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Reduction = Literal["mean", "sum"]
 
@@ -27,6 +33,8 @@ def fused_seq_logprob(  # type: ignore[overload-overlap]
     softcap: float | None = None,
     stats: tuple[()] = (),
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
+    sequence_group: "ProcessGroup | None" = None,
     backend: BackendName = "auto",
 ) -> Tensor: ...
 @overload
@@ -44,6 +52,8 @@ def fused_seq_logprob(
     softcap: float | None = None,
     stats: Sequence[str],
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
+    sequence_group: "ProcessGroup | None" = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_seq_logprob(
@@ -60,6 +70,8 @@ def fused_seq_logprob(
     softcap: float | None = None,
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
+    sequence_group: "ProcessGroup | None" = None,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label sequence, in nats: one pass over the logits, one back.
@@ -92,6 +104,16 @@ def fused_seq_logprob(
         inplace_backward: the backward pass writes the gradient over logits and so saves its
             memory. A second backward pass, or that of another function that saved the logits,
             then raises a RuntimeError.
+        vocab_shard: which columns of the vocabulary logits are, on this rank: see `VocabShard`,
+            also for what is sent. All else is given alike to every rank, and every rank gets the
+            same bits. Logits as a DTensor that is sharded in its last dimension over a mesh of one
+            dimension say so themselves; labels beside them may be replicated DTensors.
+        sequence_group: a process group whose ranks hold some of the tokens of every sequence each,
+            any number of them (context parallel): values and "lengths" are those of whole
+            sequences, the same bits on every rank. Of labels that are aligned already: not with
+            `shift`. The gradient is that of the whole sequence's value, where every rank goes
+            on to compute the same loss of it; a trainer that then averages gradients over these
+            ranks divides by their number once too often. 24 bytes a sequence and rank are sent.
         backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch elsewhere. A named one runs
             or raises.
 
@@ -106,26 +128,38 @@ def fused_seq_logprob(
         IndexError: a scored label outside of the vocabulary. Triton, which does not wait for the
             device, gives NaN for that sequence, and raises only with DPO_TRITON_DEBUG=1.
         RuntimeError, ModuleNotFoundError: Triton is asked for and cannot run here.
+        On every rank of a group if on one: a RuntimeError that names the rank and its error, or a
+            ValueError that names the ranks that were given different arguments.
+        NotImplementedError: a group under torch.compile.
+
+    With a vocabulary in shards that begin and end where splits do (multiples of 16384, Triton),
+    the result has the bits of the whole one. The PyTorch backend sums what logits a rank has as one
+    split: there, and with other shards, it is within the same error.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (the sum); the mean is what MiniMind and
         Tulu 3 (arXiv:2411.15124, length-normalised DPO) train with.
     """
-    _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
-    values, lengths, logps, token_stats = _logprob(
-        logits,
-        labels,
-        mask,
-        reduction=reduction,
-        shift=shift,
-        cu_seqlens=cu_seqlens,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        stats=stats,
-        inplace_backward=inplace_backward,
-        backend=backend,
+    logits, labels, mask, cu_seqlens, vocab_shard = local_logits(
+        logits, labels, mask, cu_seqlens, vocab_shard
     )
+    with parallel.peers(vocab_shard, sequence_group) as peers:
+        _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
+        values, lengths, logps, token_stats = parallel.uncompiled(_logprob, peers)(
+            logits,
+            labels,
+            mask,
+            reduction=reduction,
+            shift=shift,
+            cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            stats=stats,
+            inplace_backward=inplace_backward,
+            backend=backend,
+            peers=peers,
+        )
     if not stats:
         return values
     every = {"lengths": lengths, "token_logps": logps, **token_stats}
@@ -146,6 +180,7 @@ def fused_token_logprob(  # type: ignore[overload-overlap]
     softcap: float | None = None,
     stats: tuple[()] = (),
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
 ) -> Tensor: ...
 @overload
@@ -162,6 +197,7 @@ def fused_token_logprob(
     softcap: float | None = None,
     stats: Sequence[str],
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_token_logprob(
@@ -177,6 +213,7 @@ def fused_token_logprob(
     softcap: float | None = None,
     stats: Sequence[str] = (),
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label, in nats, 0 where it is not scored; differentiable.
@@ -189,24 +226,29 @@ def fused_token_logprob(
         first position of each sequence is 0. With stats, a pair of that and a dict from name to
         detached tensor.
     """
-    _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
-    if mask is not None and isinstance(mask, Tensor):
-        mask = mask != 0
-    result, _, logps, token_stats = _logprob(
-        logits,
-        labels,
-        mask,
-        reduction="none",
-        shift=shift,
-        cu_seqlens=cu_seqlens,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        stats=stats,
-        inplace_backward=inplace_backward,
-        backend=backend,
+    logits, labels, mask, cu_seqlens, vocab_shard = local_logits(
+        logits, labels, mask, cu_seqlens, vocab_shard
     )
+    with parallel.peers(vocab_shard, None) as peers:
+        _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
+        if mask is not None and isinstance(mask, Tensor):
+            mask = mask != 0
+        result, _, logps, token_stats = parallel.uncompiled(_logprob, peers)(
+            logits,
+            labels,
+            mask,
+            reduction="none",
+            shift=shift,
+            cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            stats=stats,
+            inplace_backward=inplace_backward,
+            backend=backend,
+            peers=peers,
+        )
     if not stats:
         return result
     every = {"token_logps": logps, **token_stats}
@@ -228,6 +270,7 @@ def _logprob(
     stats: Sequence[str],
     inplace_backward: bool,
     backend: str,
+    peers: Peers | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Check, dispatch, and name the stats. Packed tokens are a batch of one to the stages."""
     _checks.check_logits(logits, cu_seqlens, inplace_backward)
@@ -237,6 +280,27 @@ def _logprob(
         logits, labels = logits[None], labels[None]
         mask = None if mask is None else mask[None]
     stage_stats = [name for name in _checks.TOKEN_STATS if name in stats]
+    if peers is not None:
+        stages = resolve_backend(backend, logits.device, logits.dtype)
+        peers.agree(
+            labels,
+            mask,
+            cu_seqlens,
+            bool(shift),
+            ignore_index,
+            torch.float64 if logits.dtype == torch.float64 else torch.float32,
+            logits.shape[-1],
+            stages.num_splits,
+            {
+                "dtype of logits": str(logits.dtype),
+                "reduction": reduction,
+                "temperature": float(temperature),
+                "logit_scale": float(logit_scale),
+                "softcap": softcap,
+                "stats": stage_stats,
+                "backend": "torch" if stages.on_host else "triton",
+            },
+        )
     result, lengths, logps, token_stats = Logprob.apply(  # type: ignore[no-untyped-call]
         logits,
         labels,
@@ -251,6 +315,7 @@ def _logprob(
         stage_stats,
         inplace_backward,
         backend,
+        peers,
     )
     if cu_seqlens is not None:
         logps, token_stats = logps[0], token_stats[:, 0]
