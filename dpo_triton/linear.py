@@ -236,8 +236,6 @@ def fused_linear_token_logprob(
     )
     with parallel.peers(vocab_shard, None) as peers:
         _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
-        if mask is not None and isinstance(mask, Tensor):
-            mask = mask != 0
         result, _, logps, token_stats = parallel.uncompiled(_linear_logprob, peers)(
             hidden,
             weight,
@@ -295,6 +293,8 @@ def _linear_logprob(
     if cu_seqlens is not None:
         hidden, labels = hidden[None], labels[None]
         mask = None if mask is None else mask[None]
+    if reduction == "none" and mask is not None:  # says only which tokens are scored
+        mask = mask != 0
     stage_stats = [name for name in _checks.TOKEN_STATS if name in stats]
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad

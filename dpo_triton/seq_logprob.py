@@ -231,8 +231,6 @@ def fused_token_logprob(
     )
     with parallel.peers(vocab_shard, None) as peers:
         _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
-        if mask is not None and isinstance(mask, Tensor):
-            mask = mask != 0
         result, _, logps, token_stats = parallel.uncompiled(_logprob, peers)(
             logits,
             labels,
@@ -279,6 +277,8 @@ def _logprob(
     if cu_seqlens is not None:
         logits, labels = logits[None], labels[None]
         mask = None if mask is None else mask[None]
+    if reduction == "none" and mask is not None:  # says only which tokens are scored
+        mask = mask != 0
     stage_stats = [name for name in _checks.TOKEN_STATS if name in stats]
     if peers is not None:
         stages = resolve_backend(backend, logits.device, logits.dtype)

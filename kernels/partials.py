@@ -175,10 +175,10 @@ def _partials_kernel(
         row = n - 1 if SHIFT else n
         row_ptr = logits_ptr + row // seq_len * stride_logits_b + row % seq_len * stride_logits_t
         in_vocabulary = (y >= 0) & (y < vocab_size)  # else NaN, never a stray read
-        y -= first_column
-        is_here = in_vocabulary & (y >= 0) & (y < num_columns)
+        column = tl.where(in_vocabulary, y - first_column, -1).to(tl.int32)  # the target's
+        is_here = (column >= 0) & (column < num_columns)
         if split == 0:
-            x_y = tl.load(row_ptr + y, mask=is_here, other=0.0).to(tl.float32)
+            x_y = tl.load(row_ptr + column, mask=is_here, other=0.0).to(tl.float32)
             u_y = cap(x_y, logit_scale, softcap, HAS_SOFTCAP)
             elsewhere = tl.where(in_vocabulary, -float("inf"), float("nan"))
             tl.store(target_ptr + n, tl.where(is_here, u_y, elsewhere))
@@ -189,7 +189,7 @@ def _partials_kernel(
         total = tl.zeros([THREADS], tl.float32)
         weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
         logit_sum = tl.zeros([THREADS], tl.float32)  # sum of u, target included
-        earlier = tl.full([THREADS], -float("inf"), tl.float32)  # max of u over j < y
+        earlier = tl.full([THREADS], -float("inf"), tl.float32)  # max of u over j < column
         square_sum = tl.zeros([THREADS], tl.float32)  # sum of 4 ** exponent
         first = split * SPLIT_V
         bound = tl.minimum(first + SPLIT_V, num_columns)
@@ -200,33 +200,33 @@ def _partials_kernel(
             if MEAN_LOGIT:
                 logit_sum += own_sum(cap(x, logit_scale, softcap, HAS_SOFTCAP))
             # Two whole branches: one that only changed u would copy the tile in every iteration.
-            if (y >= start) & (y < start + BLOCK_V):
+            if (column >= start) & (column < start + BLOCK_V):
                 if TOP1:
                     here, _ = _max_and_sum(
-                        row_ptr, start, y, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
+                        row_ptr, start, column, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
                     )
                     earlier = tl.maximum(earlier, here)
                 peak, total, weighted, earlier, square_sum = _fold(
-                    x, start, bound, y, peak, total, weighted, earlier, square_sum,
+                    x, start, bound, column, peak, total, weighted, earlier, square_sum,
                     exponent_scale, logit_scale, softcap, False, True,
                     HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
                 )  # fmt: skip
             else:
                 peak, total, weighted, earlier, square_sum = _fold(
-                    x, start, bound, y, peak, total, weighted, earlier, square_sum,
+                    x, start, bound, column, peak, total, weighted, earlier, square_sum,
                     exponent_scale, logit_scale, softcap, False, False,
                     HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
                 )  # fmt: skip
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
             x = load_tail(row_ptr + start, bound - start, -float("inf"), TAIL_R, THREADS, VEC)
             peak, total, weighted, earlier, square_sum = _fold(
-                x, start, bound, y, peak, total, weighted, earlier, square_sum,
+                x, start, bound, column, peak, total, weighted, earlier, square_sum,
                 exponent_scale, logit_scale, softcap, True, True,
                 HAS_SOFTCAP, ENTROPY, TOP1, LOG_SUM_SQ_PROBS,
             )  # fmt: skip
         if tail < bound:
             if TOP1:
-                end = tl.minimum(y, bound)
+                end = tl.minimum(column, bound)
                 here, _ = _max_and_sum(
                     row_ptr, tail, end, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
                 )

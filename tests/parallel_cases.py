@@ -246,14 +246,14 @@ def failing_stage_case(stage: str, wrong_rank: int) -> dict[str, Any] | None:
     shard = VocabShard(5 * rank, 5 * rank + 5)
     own = weight[shard.start : shard.stop].requires_grad_()
     hidden.requires_grad_()
-    original = _head._logits_
+    original = _head.partials.fill_
 
     def out_of_memory(*args: Any) -> None:
         raise MemoryError("no room for a tile")
 
     def step() -> None:
         if stage == "forward" and rank == wrong_rank:
-            _head._logits_ = out_of_memory
+            _head.partials.fill_ = out_of_memory
         value = dpo_triton.fused_linear_seq_logprob(
             hidden,
             own,
@@ -263,13 +263,13 @@ def failing_stage_case(stage: str, wrong_rank: int) -> dict[str, Any] | None:
             tile_bytes=4,  # no tile is kept
         )
         if stage == "backward" and rank == wrong_rank:
-            _head._logits_ = out_of_memory
+            _head.grad.fill_ = out_of_memory
         value.sum().backward()
 
     try:
         return failing(step)
     finally:
-        _head._logits_ = original
+        _head.partials.fill_ = _head.grad.fill_ = original
 
 
 def missing_rank_case(wrong_rank: int, timeout_s: float) -> dict[str, Any] | None:

@@ -121,6 +121,14 @@ def test_message(case):
         fused_seq_logprob(**arguments)
 
 
+@pytest.mark.parametrize("case", ["mask type", "mask shape", "mask dtype", "mask gradient"])
+def test_message_of_tokens(case):
+    """A mask is checked as it came, before it only says what is scored."""
+    arguments, error, message = CASES[case]
+    with pytest.raises(error, match=f"(?s){message}"):
+        fused_token_logprob(**(dict(logits=LOGITS, labels=LABELS) | arguments))
+
+
 def test_lengths_are_of_sequences():
     with pytest.raises(ValueError, match=r"token_logps.*got 'lengths'"):
         fused_token_logprob(LOGITS, LABELS, stats=["lengths"])

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_triton import _head, fused_linear_seq_logprob
-from dpo_triton._head import TILE_V, kept_numel, rows_in
+from dpo_triton._head import TILE_V
+from dpo_triton._head._tiles import kept_numel, rows_in
 
 
 class Costs(TorchDispatchMode):
