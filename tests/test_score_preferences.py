@@ -10,14 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_llama import save_tiny_llama
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-CHAT = (
-    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
 
 
 def _load_script():
@@ -359,27 +356,7 @@ def test_our_own_pairs_are_well_formed():
 
 def test_a_tiny_llama_from_a_folder(tmp_path, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = (
-        "<pad> <user> <assistant> <end> one two three many and hi there yes no , never too of them"
-    )
-    vocab = {word: i for i, word in enumerate(["<unk>", *words.split()])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<end>",
-        eos_token="<end>",
-        chat_template=CHAT,
-    ).save_pretrained(tmp_path / "tiny")
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=len(vocab), initializer_range=0.5, **sizes)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-
+    save_tiny_llama(tmp_path / "tiny")
     rows = [
         chat_row("hi there"),
         PLAIN,
