@@ -13,8 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from dpo_triton import _ref_file, precompute
-from dpo_triton.precompute import RefLogps, collate, precompute_ref_logps
+from dpo_triton.precompute import (
+    RefLogps,
+    _precompute,
+    _ref_file,
+    collate,
+    model_fingerprint,
+    precompute_ref_logps,
+    tokenizer_fingerprint,
+)
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -125,7 +132,7 @@ def test_a_whole_file_is_read_and_nothing_computed(tmp_path):
     assert os.listdir(path.parent) == [path.name]
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == precompute.FORMAT
+    assert metadata["format"] == _ref_file.FORMAT
     assert set(metadata) == {"format", "model", "tokenizer", "num_rows", "dpo_triton"}
 
 
@@ -136,7 +143,7 @@ def journal_of(model, dataset, path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute, "write_file", interrupt)
+        patch.setattr(_precompute, "write_file", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(model, dataset, path)
     return path.with_name(path.name + ".partial")
@@ -273,24 +280,23 @@ def test_where_a_model_came_from_does_not_matter(tmp_path):
 
 
 def test_a_tokenizer_is_known_by_vocabulary_special_tokens_and_template():
-    fingerprint = precompute.tokenizer_fingerprint
-    assert fingerprint(FakeTokenizer()) == fingerprint(FakeTokenizer())
+    assert tokenizer_fingerprint(FakeTokenizer()) == tokenizer_fingerprint(FakeTokenizer())
     other_vocab, other_special, other_template = (FakeTokenizer() for _ in range(3))
     other_vocab.get_vocab = lambda: {"</s>": 0, "b": 1}
     other_special.special_tokens_map = {"eos_token": "a"}
     other_template.chat_template = "{{ messages[0] }}"
     every = [FakeTokenizer(), other_vocab, other_special, other_template, None]
-    assert len({fingerprint(tokenizer) for tokenizer in every}) == 5
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in every}) == 5
 
 
 def test_every_tensor_of_a_model_counts_and_its_first_and_late_elements():
-    base = precompute.model_fingerprint(TinyModel())
-    assert base == precompute.model_fingerprint(TinyModel())
+    base = model_fingerprint(TinyModel())
+    assert base == model_fingerprint(TinyModel())
     for name in ("embedding.weight", "head.weight"):
         for at in (0, -VOCAB_SIZE * 8 // 64):  # the last of 64 elements, spread over all
             model = TinyModel()
             model.get_parameter(name).data.view(-1)[at] += 1e-3
-            assert precompute.model_fingerprint(model) != base, (name, at)
+            assert model_fingerprint(model) != base, (name, at)
 
 
 @pytest.mark.parametrize("empty", ["chosen_ids", "rejected_ids"])

@@ -1,5 +1,6 @@
 """examples/train_dpo.py on a tiny Llama: steps, resuming, evaluation, comparison, bad input."""
 
+import copy
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import preference_training
 import pytest
 import torch
 import train_dpo
-from preference_data import Pair, read_rows, tokenise
+from preference_data import Pair, read_rows, tokenise, trainable
 from tiny_llama import save_tiny_llama
 
 from dpo_triton.losses import LOSSES
@@ -120,14 +121,17 @@ def test_a_run_resumes_with_its_own_settings_and_data_alone(tiny, data, tmp_path
 
 
 @pytest.fixture(scope="module")
-def setup(tiny, data, tmp_path_factory):
+def start(tiny, data, tmp_path_factory):
     """A start for each loss in turn: loading it is what takes time."""
     argv = command(tiny, data, tmp_path_factory.mktemp("setup"))
-    return train_dpo.prepare(train_dpo.parse_args(argv))
+    setup = train_dpo.prepare(train_dpo.parse_args(argv))
+    return setup, copy.deepcopy(setup.model.state_dict())
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_every_loss_moves_the_policy(loss, setup, tiny, data, tmp_path):
+def test_every_loss_moves_the_policy(loss, start, tiny, data, tmp_path):
+    setup, weights = start
+    setup.model.load_state_dict(weights)
     more = ("--loss-option", "kl=0") if loss == "kto" else ()
     argv = command(tiny, data, tmp_path / "out", "--loss", loss, "--beta", "0.5", *more)
     args = train_dpo.parse_args(argv)
@@ -287,3 +291,15 @@ def test_a_row_keeps_its_prompt_apart():
     row = tokenise(pair, Words(), 4, 9)
     assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([1, 2], [3, 0], [4, 5])
     assert row["num_cut"] == 1
+
+
+def test_a_model_that_is_tagged_as_quantised_is_copied(tiny):
+    model = train_dpo.load_model(tiny, torch.device("cpu"), torch.float32)[0]
+    assert trainable(model) is model
+    model.config.quantization_config = {"quant_method": "gguf"}
+    copied = trainable(model)
+    assert copied is not model
+    assert not hasattr(copied.config, "quantization_config")
+    assert hasattr(model.config, "quantization_config")
+    ids = torch.randint(19, (2, 5))
+    assert torch.equal(copied(ids).logits, model(ids).logits)

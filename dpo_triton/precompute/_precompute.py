@@ -1,4 +1,4 @@
-"""A reference model's log-probabilities of a whole data set, scored once and kept in a file."""
+"""Rows checked, scored batch by batch, and written as they come."""
 
 import contextlib
 import os
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ._backends import BackendName
+from .._backends import BackendName
+from ..model import output_head, seq_logprob_from_model
 from ._fingerprints import (
     NAMES,
     ROW_HASH,
@@ -35,9 +36,6 @@ from ._ref_file import (
     read_journal,
     write_file,
 )
-from .model import output_head, seq_logprob_from_model
-
-__all__ = ["RefLogps", "collate", "collate_pairs", "precompute_ref_logps", "score_pairs"]
 
 
 def precompute_ref_logps(

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._version import __version__
+from ..seq_logprob import Reduction
 from ._fingerprints import ROW_HASH
-from ._version import __version__
-from .seq_logprob import Reduction
 
 FORMAT = "dpo_triton.ref_logps.1"
 # One row of the journal. Sums are float32 or float64 numbers, which float64 holds exactly.
