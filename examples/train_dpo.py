@@ -154,6 +154,9 @@ def run(args: argparse.Namespace) -> None:
         after = score_rows(setup.model, rows, args.batch_size, args.backend, "evaluate")
         evaluations = [evaluate(options, policy, before) for policy in (before, after)]
         print_evaluations(evaluations, len(rows))
+    times = len(steps) * args.batch_size / len(setup.train_rows)
+    ends = f"loss {steps[0].loss:.3f} in the first step, {steps[-1].loss:.3f} in the last"
+    print(f"{len(setup.train_rows)} pairs, each trained on {times:.1f} times: {ends}")
     seconds = time.perf_counter() - began
     write_report(args, setup, steps, evaluations, seconds)
     title = f"{args.loss}, beta {args.beta:g}, lr {args.lr:g}, seed {args.seed}: "
