@@ -128,8 +128,8 @@ def fused_linear_seq_logprob(
         IndexError, RuntimeError, ModuleNotFoundError: as `fused_seq_logprob`.
 
     A row's value does not depend on the other rows as far as the device's matrix product has that
-    property. On a CPU (MKL, oneDNN) it had, but for float32 products of fewer than 8 rows: 1 in 100
-    of those values moved, by at most 3e-7 * (1 + |logp|). With and without gradients, and with a
+    property. On a CPU (MKL, oneDNN) it had, but for float32 products of fewer than 8 rows: some of
+    those values moved, by at most 3e-7 * (1 + |logp|). With and without gradients, and with a
     frozen head, a value has the same bits. The number of scored rows is read on the host: a GPU is
     waited for, once a pass.
     As far as products have that property, a vocabulary in shards that begin and end at multiples of

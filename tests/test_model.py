@@ -265,6 +265,61 @@ def test_ddp_and_fsdp2_equal_one_process(world_size):
                 assert max_error(grads[name], grad) <= 1e-9 * scale, (wrapper, name)
 
 
+class PartitionedHead:
+    """What DeepSpeed's ZeRO-3 does to a module: its weight is there between the hooks of a forward
+    pass, and of a backward pass once a gradient comes to what the module returned; no longer."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.full, self.gathers = head.weight.data, 0
+        self.parameter = head.weight
+        self.release()
+        head.register_forward_pre_hook(lambda module, args: self.gather())
+        head.register_forward_hook(self.after_forward)
+        head.weight.register_post_accumulate_grad_hook(lambda parameter: self.release())
+
+    def gather(self) -> None:
+        self.gathers += 1
+        self.parameter.data = self.full
+
+    def release(self) -> None:
+        self.parameter.data = self.full.new_empty(0)
+
+    def after_forward(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        self.release()
+        return GatherInBackward.apply(output, self)
+
+
+class GatherInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, head):
+        ctx.head = head
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        ctx.head.gather()
+        return grad_output, None
+
+
+def test_a_partitioned_head_is_gathered_once_a_pass():
+    model, batch = tiny_model("llama"), tiny_batch()
+    exact = by_full_logits(model, batch)
+    exact.sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    head = PartitionedHead(model.lm_head)
+    assert model.lm_head.weight.numel() == 0
+    values = seq_logprob_from_model(model, **batch)
+    assert model.lm_head.weight.numel() == 0
+    assert max_error(values, exact.detach()) <= 1e-12
+    values.sum().backward()
+    assert head.gathers == 2
+    assert model.lm_head.weight.numel() == 0
+    for name, parameter in model.named_parameters():
+        scale = 1e-3 + float(expected[name].abs().max())
+        assert max_error(parameter.grad, expected[name]) <= 1e-9 * scale, name
+
+
 def test_a_copy_of_the_model_is_the_reference():
     """Policy equal to its reference, with and without gradients: a loss of exactly ln 2."""
     policy, batch = tiny_model("llama", torch.float32), tiny_batch()
