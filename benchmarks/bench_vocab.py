@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import re
 import secrets
 import shlex
 import sys
@@ -151,7 +150,7 @@ def effort_at(vocab_size: int, quick: bool, device: torch.device) -> Effort:
 
 def output_paths(args: argparse.Namespace, machine: str) -> tuple[Path, Path | None]:
     """Return where the CSV file and the plot go; git ignores the names that a partial run gets."""
-    name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    name = report.file_stem(machine)
     if args.quick or (args.vocab, args.dtype, args.share) != (VOCAB_SIZES, DTYPES, SHARES):
         name += ".local"
     csv = args.csv or RESULTS / f"{name}.csv"

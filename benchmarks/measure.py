@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,25 @@ def times_ms(
         return samples
     finally:
         map_buffers()
+
+
+def time_once_ms(fn: Callable[[], object], device: torch.device) -> float:
+    """Return the time of one call of fn, which has run before, in ms: for calls of a second, whose
+    samples are taken in turns with those of others."""
+    map_buffers(HEAP_BYTES)
+    try:
+        _synchronize(device)
+        start = time.perf_counter()
+        fn()
+        _synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+    finally:
+        map_buffers()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _times_ms_cuda(

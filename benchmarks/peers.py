@@ -81,7 +81,7 @@ def collect(device: torch.device, backend: str) -> tuple[list[Peer], dict[str, s
         (TRL_KERNEL, trl_kernel, ["trl.kernels.logprob_entropy"], on_gpu),
         (LIGER, liger, ["liger_kernel.ops.cross_entropy"], on_gpu),
     ):
-        reason = _why_not(modules[0]) if served else None
+        reason = why_not(modules[0]) if served else None
         if not served:
             not_run[name] = (
                 "its kernel is Triton's: needs a GPU" if not on_gpu else f"see {TRL_KERNEL}"
@@ -144,7 +144,7 @@ def masked_mean(token_logps: Tensor, mask: Tensor) -> Tensor:
     return (token_logps * mask).sum(1) / mask.sum(1)
 
 
-def _why_not(module: str) -> str | None:
+def why_not(module: str) -> str | None:
     """The reason why a peer's module cannot be imported, or None."""
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:

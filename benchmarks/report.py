@@ -3,7 +3,8 @@
 import csv
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,25 @@ def table(rows: Iterable[Row]) -> str:
                 "n/a" if row.speedup is None else f"{row.speedup:.2f}x",
             )
         )
+    return aligned(lines, LEFT_ALIGNED)
+
+
+def aligned(lines: Sequence[Sequence[str]], left_aligned: Collection[int]) -> str:
+    """Return lines of as many cells as text, the columns of those numbers to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = (
+    padded = (
         (
-            cell.ljust(width) if i in LEFT_ALIGNED else cell.rjust(width)
+            cell.ljust(width) if i in left_aligned else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def file_stem(machine: str) -> str:
+    """Return the name of a machine as files carry it."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def write_csv(path: Path, rows: Sequence[Any], run: Mapping[str, str | int | float]) -> None:
