@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
 # The checkout's package, whether or not another one is installed: these are its figures.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure
 from bench_vocab import RESULTS, require_bench_extra, version
@@ -35,6 +34,7 @@ from report import aligned, file_stem, write_csv
 
 from dpo_triton import fused_linear_seq_logprob, reference
 
+ROOT = Path(__file__).resolve().parents[1]
 OURS, LOGITS, TRL = "dpo_triton", "logits", "TRL"
 DESCRIPTIONS = {
     TRL: "DPOTrainer.compute_loss, unpatched: its chunked head, its metrics",
@@ -179,7 +179,8 @@ def load_demo() -> Any:
     """The example as a module: it reads pairs, loads a model, and encodes."""
     path = ROOT / "examples" / "score_preferences.py"
     spec = importlib.util.spec_from_file_location("score_preferences", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -516,7 +517,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help=".jsonl or .jsonl.gz of pairs")
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each path")
-    parser.add_argument("--csv", type=Path, help="default: benchmarks/results/dpo-step-<machine>.csv")
+    parser.add_argument(
+        "--csv", type=Path, help="default: benchmarks/results/dpo-step-<machine>.csv"
+    )
     parser.add_argument("--no-plot", action="store_true")
     args = parser.parse_args(argv)
     if args.seq_len < 2 or args.rounds < 1:

@@ -33,14 +33,15 @@ from report import BACKWARD, FORWARD, file_stem, write_csv
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("SmolLM2-135M", 576, 49152, 4, 512, 3),
-        Shape("MiniMind", 768, 6400, 4, 512, 3),
-        Shape("Qwen2.5-0.5B", 896, 151936, 4, 48, 3),
+        Shape("SmolLM2-135M", 576, 49152, 4, 512),
+        Shape("MiniMind", 768, 6400, 4, 512),
+        Shape("Qwen2.5-0.5B", 896, 151936, 4, 48),
     )
 }
 HEADLINE = "SmolLM2-135M"
 SHARES = [0.25, linear_goals.SHARE, 1.0]
 BFLOAT16_SHARES = [linear_goals.SHARE]  # at the headline
+ROUNDS, OTHER_ROUNDS = 3, 1  # samples: where times are judged, and elsewhere
 MODES = [(FORWARD, TRAINED), (BACKWARD, TRAINED), (BACKWARD, FROZEN)]
 QUICK_SEQ_LEN = 16
 MODELLED = (896, 151936)  # H and V of Qwen2.5-0.5B: what the issue's vocabularies come to
@@ -120,14 +121,29 @@ def measure_all(
 
     plan = plan_of(args)
 
-    def peers_at(share: float) -> list[LinearPeer]:
-        return [peer for peer in runnable if share < 1 or not peer.only_some_scored]
+    def is_judged(shape: Shape, dtype: torch.dtype, share: float, passes: str, head: str) -> bool:
+        at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BACKWARD)
+        return at_headline and (share, head) in linear_goals.JUDGED
 
-    steps = sum(
-        (1 + shape.rounds) * len(peers_at(share)) * len(MODES)
-        for shape, _, shares in plan
+    def peers_at(case: tuple[Shape, torch.dtype, float, str, str]) -> list[LinearPeer]:
+        is_headline = is_judged(*case) and (case[2], case[4]) == linear_goals.JUDGED[0]
+        return [
+            peer
+            for peer in runnable
+            if (case[2] < 1 or not peer.only_some_scored)
+            and (is_headline or not peer.only_headline)
+        ]
+
+    def rounds_at(case: tuple[Shape, torch.dtype, float, str, str]) -> int:
+        return ROUNDS if is_judged(*case) and not args.quick else OTHER_ROUNDS
+
+    every_case = [
+        (shape, dtype, share, *mode)
+        for shape, dtype, shares in plan
         for share in shares
-    )
+        for mode in MODES
+    ]
+    steps = sum((1 + rounds_at(case)) * len(peers_at(case)) for case in every_case)
     generator = torch.Generator(device).manual_seed(args.seed)
     rows: list[LinearRow] = []
     failures: dict[str, list[str]] = {}
@@ -137,8 +153,15 @@ def measure_all(
             for batch in cases.make_batches(shape, dtype, shares, generator):
                 for passes, head in MODES:
                     progress.set_description(f"{batch}, {passes}")
+                    case = (shape, dtype, batch.share, passes, head)
                     new += cases.measure_case(
-                        batch, passes, head, peers_at(batch.share), failures, progress.update
+                        batch,
+                        passes,
+                        head,
+                        peers_at(case),
+                        rounds_at(case),
+                        failures,
+                        progress.update,
                     )
             sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
             heading = f"\n{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens"
@@ -151,7 +174,7 @@ def plan_of(args: argparse.Namespace) -> list[tuple[Shape, torch.dtype, list[flo
     """What is measured: a model's shape, a dtype, and the shares of rows scored."""
     shapes = [SHAPES[name] for name in args.model]
     if args.quick:
-        shapes = [dataclasses.replace(s, seq_len=QUICK_SEQ_LEN, rounds=1) for s in shapes]
+        shapes = [dataclasses.replace(s, seq_len=min(s.seq_len, QUICK_SEQ_LEN)) for s in shapes]
     plan = [(shape, torch.float32, args.share) for shape in shapes]
     bfloat16_shares = [share for share in BFLOAT16_SHARES if share in args.share]
     plan += [(s, torch.bfloat16, bfloat16_shares) for s in shapes if s.name == HEADLINE]
@@ -171,7 +194,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time, memory and accuracy of heads: hidden states to log-probabilities."
     )
-    parser.add_argument("--quick", action="store_true", help="few tokens, once: figures mean little")
+    parser.add_argument(
+        "--quick", action="store_true", help="few tokens, once: figures mean little"
+    )
     parser.add_argument("--model", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument(
         "--share", type=float, nargs="+", default=SHARES, help="of the rows scored, in (0, 1]"

@@ -8,7 +8,7 @@ import accuracy
 import measure
 import numpy as np
 import torch
-from linear_peers import FORMULA_SCORED, FORMULA, LinearPeer, simpo
+from linear_peers import FORMULA, FORMULA_SCORED, LinearPeer, simpo
 from linear_report import FROZEN, TRAINED, LinearRow
 from peers import brief, forget_kept_buffers
 from report import BACKWARD, FORWARD
@@ -27,7 +27,6 @@ class Shape:
     vocab_size: int
     batch: int  # sequences, even
     seq_len: int
-    rounds: int  # samples of an implementation, each round in another order
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,12 @@ def measure_case(
     passes: str,
     head: str,
     peers: list[LinearPeer],
+    rounds: int,
     failures: dict[str, list[str]],
     progress: Callable[[], object],
 ) -> list[LinearRow]:
-    """Return a row for each peer that runs; add the rest to failures, what happened -> where.
+    """Return a row for each peer that runs, of as many samples as rounds, each in another order;
+    add the rest to failures, what happened -> where.
 
     progress is called when a peer has been tried, and each time that it has been timed.
     """
@@ -200,7 +201,7 @@ def measure_case(
         else:
             calls.append(call)
         progress()
-    for turn in range(batch.shape.rounds):
+    for turn in range(rounds):
         first = turn % len(calls)
         for call in calls[first:] + calls[:first]:
             call.samples.append(measure.time_once_ms(call.fn, device))
@@ -256,7 +257,7 @@ def complaints(
     found = []
     for vocab_size in CHECK_VOCAB_SIZES:
         for dtype, head in itertools.product(dtypes, (TRAINED, FROZEN)):
-            shape = Shape("check", 24, vocab_size, 2, 7, 0)
+            shape = Shape("check", 24, vocab_size, 2, 7)
             generator = torch.Generator(device).manual_seed(vocab_size)
             hidden, weight, labels = make_inputs(shape, dtype, generator)
             mask = torch.tensor([[0, 0, 1, 0, 1, 1, 0], [1] * 7], device=device)
@@ -278,7 +279,10 @@ def complaints(
                 *(
                     (f"gradient of {name}", error, 2 * (plain_error + rounding))
                     for name, error, plain_error, rounding in zip(
-                        ("hidden", "weight"), call.grad_errors, other.grad_errors, of_grads,
+                        ("hidden", "weight"),
+                        call.grad_errors,
+                        other.grad_errors,
+                        of_grads,
                         strict=False,
                     )
                 ),

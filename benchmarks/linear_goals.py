@@ -9,6 +9,8 @@ from report import BACKWARD
 
 SHARE = 0.45  # of the rows scored: that of public preference sets
 PEAK_MIB = 64.0
+# Shares and heads whose times are judged: the others are there to be looked at.
+JUDGED = ((SHARE, TRAINED), (SHARE, FROZEN), (1.0, TRAINED))
 
 
 def judge(rows: list[LinearRow], headline: str) -> list[Goal]:

@@ -2,9 +2,9 @@
 
 Assumed: bfloat16, one call on TOKENS tokens of which a share is scored; both schemes drop the rest.
 Every operand of every launch crosses the memory once: nothing stays in a cache between launches. A
-product that adds to its result reads and writes it. A product is scored tokens x H x V multiply-adds.
-Only launches per tile count, not the few dozen of a call. From the sources of trl 1.16 and of
-dpo_triton/_head.py, torch >= 2.8.
+product that adds to its result reads and writes it. A product is scored tokens x H x V
+multiply-adds. Only launches per tile count, not the few dozen of a call. From the sources of trl
+1.16 and of dpo_triton/_head.py, torch >= 2.8.
 """
 
 from collections.abc import Iterable
@@ -20,13 +20,22 @@ TOKENS = 8192
 BF16, FLOAT32 = 2, 4
 TRL_TILE = (4096, 32768)  # tokens, columns
 OURS, TRL = "dpo_triton", "TRL"
-HEADINGS = ("scheme", "head", "scored", "tiles", "products", "launches", "bytes", "of the tiles",
-            "logits in memory")  # fmt: skip
+HEADINGS = (
+    "scheme",
+    "head",
+    "scored",
+    "tiles",
+    "products",
+    "launches",
+    "bytes",
+    "of the tiles",
+    "largest tile",
+)
 NOTES = f"""\
 products: each scored tokens x H x V multiply-adds, per scored token. launches, bytes: per token.
-of the tiles: bytes that are logits or their gradient. logits in memory: MiB of the largest tile.
-One call of {TOKENS} tokens, bfloat16; every operand of a launch crosses the memory once, and nothing
-stays in a cache. Launches per tile alone."""
+of the tiles: bytes that are logits or their gradient. largest tile: MiB.
+One call of {TOKENS} tokens, bfloat16; every operand of a launch crosses the memory once, and
+nothing stays in a cache. Launches per tile alone."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """This package's head and its peers', each as (hidden, weight, labels, mask) -> (values, loss).
 
-hidden are (B, T, H) with B even, chosen sequences before rejected ones, weight (V, H), labels (B, T)
-int64, mask (B, T) int64 of 0 and 1. The values are mean log-probabilities, (B,), in nats; the loss
-is SimPO's of them (Meng et al. 2024, arXiv:2405.14734, eq. 6), a differentiable scalar. There is a
-loss because Liger's head gives nothing else that has a gradient.
+hidden are (B, T, H) with B even, chosen sequences before rejected ones, weight (V, H), labels
+(B, T) int64, mask (B, T) int64 of 0 and 1. The values are mean log-probabilities, (B,), in nats;
+the loss is SimPO's of them (Meng et al. 2024, arXiv:2405.14734, eq. 6), a differentiable scalar.
+There is a loss because Liger's head gives nothing else that has a gradient.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ TRL = "TRL"
 TRL_SCORED = "TRL, scored rows"
 TORCH = "linear_cross_entropy"
 TORCH_CHUNKED = "linear_cross_entropy, chunked"
+TORCH_CHUNKS_OF_512 = "linear_cross_entropy, 512 rows"
 LIGER = "Liger SimPO"
 LIGER_KERNEL = "Liger cross entropy"
 
@@ -39,7 +40,8 @@ DESCRIPTIONS = {
     TRL: "trl.kernels.ChunkedLogProbFunction on all rows, as TRL calls it on a CPU; no entropy",
     TRL_SCORED: "the same on the scored rows alone, as TRL calls it on a GPU",
     TORCH: "torch.nn.functional.linear_cross_entropy, which makes all logits",
-    TORCH_CHUNKED: "the same with options=LinearCrossEntropyOptions()",
+    TORCH_CHUNKED: "the same with options=LinearCrossEntropyOptions(), at the headline alone",
+    TORCH_CHUNKS_OF_512: "the same with batch_chunk_size=512, which suits these shapes better",
     LIGER: "liger_kernel's LigerFusedLinearSimPOLoss, not compiled",
 }
 
@@ -50,6 +52,7 @@ class LinearPeer:
     fn: Head
     ours: bool = False
     only_some_scored: bool = False  # with all rows scored it is another peer
+    only_headline: bool = False
 
 
 def simpo(values: Tensor) -> Tensor:
@@ -75,13 +78,21 @@ def collect(backend: str) -> tuple[list[LinearPeer], dict[str, str]]:
         (TRL_SCORED, _trl, "trl.trainer.utils", True),
         (TORCH, _torch_head, "torch", False),
         (TORCH_CHUNKED, _torch_head_chunked, "torch", False),
+        (TORCH_CHUNKS_OF_512, _torch_head_chunks_of_512, "torch", False),
     ):
         reason, rows = _made(make, module)
         if rows is None:
             not_run[name] = reason
         else:
             values = _scored_rows(rows) if is_scored_rows else _all_rows(rows)
-            runnable.append(LinearPeer(name, _with_loss(values), only_some_scored=is_scored_rows))
+            runnable.append(
+                LinearPeer(
+                    name,
+                    _with_loss(values),
+                    only_some_scored=is_scored_rows,
+                    only_headline=name == TORCH_CHUNKED,
+                )
+            )
     reason, head = _made(_liger, "liger_kernel.chunked_loss.simpo_loss")
     if head is None:
         not_run[LIGER] = reason
@@ -166,12 +177,15 @@ def _torch_head_chunked() -> Rows:
     return _torch_head(options=torch.nn.LinearCrossEntropyOptions())
 
 
+def _torch_head_chunks_of_512() -> Rows:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
+    return _torch_head(options=options)
+
+
 def _liger() -> Head:
     from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOLoss
 
-    head = LigerFusedLinearSimPOLoss(
-        beta=BETA, gamma=GAMMA, compute_nll_loss=False, compiled=False
-    )
+    head = LigerFusedLinearSimPOLoss(beta=BETA, gamma=GAMMA, compute_nll_loss=False, compiled=False)
 
     def fn(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         loss, (chosen, rejected, *_) = head(weight, hidden, labels.masked_fill(mask == 0, -100))

@@ -56,7 +56,8 @@ HEADINGS = (
 LEFT_ALIGNED = (0, 1, 3, 4)
 NOTES = """\
 ms: median of calls in turns over the implementations, each buffer of 8 MiB or more fresh pages.
-of floor: its time over that of log_softmax on the scored rows alone, all of the arithmetic there is.
+of floor: its time over that of log_softmax on the scored rows alone, which no arithmetic undercuts
+  but that of a frozen head.
 peak MiB: above the inputs and the gradients. On a CPU it is the resident size.
 value error: largest against float64, in nats; grad hidden, grad weight: relative to the largest
   element. The loss is SimPO's of the values."""
@@ -129,7 +130,9 @@ def plot(path: Path, rows: list[LinearRow], machine: str) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("peak memory above inputs and gradients, MiB")
     handles = dict(
-        pair[::-1] for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True)
+        pair[::-1]
+        for axis in axes[0]
+        for pair in zip(*axis.get_legend_handles_labels(), strict=True)
     )
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     first = rows[0]

@@ -1,0 +1,179 @@
+"""The benchmark of the head refuses wrong results, and judges its goals by the rows."""
+
+import csv
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo_triton
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The program as a module, on tiny shapes; what it imports of its folder leaves with the test.
+
+    A vocabulary of more than one tile, and one of less.
+    """
+    pytest.importorskip("tqdm")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # busy cores would make thousands of tiny operations wait
+    siblings = {path.stem for path in BENCHMARKS.glob("*.py")}
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    for name in siblings:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.spec_from_file_location("bench_linear", BENCHMARKS / "bench_linear.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shapes = (module.Shape(module.HEADLINE, 24, 4099, 4, 32), module.Shape("b", 16, 257, 2, 8))
+    monkeypatch.setattr(module, "SHAPES", {shape.name: shape for shape in shapes})
+    yield module
+    torch.set_num_threads(threads)
+    module.measure.map_buffers(2**25)  # where glibc's own rule ends
+    for name in siblings:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda v: v + 1e-3, lambda v: v * torch.nan, lambda v: v.detach()], ids=str
+)
+def test_refuses_to_time_wrong_results(bench, monkeypatch, capsys, tmp_path, wrong):
+    right = dpo_triton.fused_linear_seq_logprob
+    monkeypatch.setattr(
+        dpo_triton, "fused_linear_seq_logprob", lambda *a, **k: wrong(right(*a, **k))
+    )
+    path = tmp_path / "rows.csv"
+    assert bench.main(["--device", "cpu", "--no-plot", "--csv", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "dpo_triton, V = 257, float32, trained head" in err
+    assert not path.exists()
+
+
+def test_rows_of_every_case(bench, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "made" / "rows.csv"
+    assert bench.main(["--quick", "--device", "cpu", "--seed", "7", "--csv", str(path)]) == 0
+    out, _ = capsys.readouterr()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    run = ["machine", "torch", "triton", "trl", "liger-kernel", "seed", "command"]
+    assert list(rows[0]) == [field.name for field in dataclasses.fields(bench.LinearRow)] + run
+    ours = [row for row in rows if row["impl"] == "dpo_triton"]
+    shares = [0.25, 0.45, 1.0]
+    case = ("model", "dtype", "scored_share", "passes", "head")
+    assert [tuple(row[name] for name in case) for row in ours] == [
+        (model, dtype, f"{share:g}", passes, head)
+        for model, dtype, wanted in (
+            (bench.HEADLINE, "float32", shares),
+            ("b", "float32", shares),
+            (bench.HEADLINE, "bfloat16", [0.45]),
+        )
+        for share in wanted
+        for passes, head in bench.MODES
+    ]  # fmt: skip
+    for row in rows:
+        is_float32 = row["dtype"] == "float32"
+        assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
+        assert float(row["value_error"]) < (1e-5 if is_float32 else 0.05)
+        has_grad = row["passes"] == "forward+backward"
+        for name, has in (("hidden", has_grad), ("weight", has_grad and row["head"] == "trained")):
+            error = row[f"{name}_grad_error"]
+            assert (error != "") == has
+            assert not has or float(error) < (1e-5 if is_float32 else 0.05)
+    assert not [r for r in rows if float(r["scored_share"]) == 1 and "scored rows" in r["impl"]]
+    assert "time of the formula on the scored rows, 45% scored" in out
+    assert "not run: Liger cross entropy" in out
+    assert "modelled for a GPU, not measured" in out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    modelled = path.with_name("rows-modelled.csv").read_text()
+    assert modelled.count("modelled") == 12  # shares, heads, schemes
+
+
+def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven(bench, monkeypatch, tmp_path, capsys):
+    def refuse(*inputs):
+        raise RuntimeError("no memory, for the test\nand a second line")
+
+    plain = bench.linear_peers.collect("auto")[0][:3]
+    broken = bench.LinearPeer("broken", refuse)
+    monkeypatch.setattr(bench.linear_peers, "collect", lambda backend: ([*plain, broken], {}))
+    monkeypatch.setitem(bench.linear_peers.DESCRIPTIONS, "broken", "")
+    options = ["--quick", "--model", "b", "--no-plot", "--csv", str(tmp_path / "rows.csv")]
+    assert bench.main([*options, "--device", "cpu"]) == 0
+    out, _ = capsys.readouterr()
+    assert "not run: broken: RuntimeError: no memory, for the test: 9 times, at first with b" in out
+
+    batch = next(
+        bench.cases.make_batches(bench.SHAPES["b"], torch.float32, [0.5], torch.Generator())
+    )
+    ours = bench.LinearPeer("ours", refuse, ours=True)
+    with pytest.raises(RuntimeError, match="no memory"):
+        bench.cases.measure_case(batch, bench.FORWARD, bench.TRAINED, [ours], 1, {}, lambda: None)
+
+
+def test_goals_follow_from_the_rows(bench):
+    def row(impl, ms, **more):
+        cells = dict(
+            impl=impl, model="m", hidden_size=8, vocab_size=1000, batch=4, seq_len=16,
+            dtype="float32", scored_share=0.45, passes=bench.BACKWARD, head=bench.TRAINED, ms=ms,
+            ms_p20=ms, ms_p80=ms, samples=1, peak_mib=60.0, value_error=1e-6, value_rounding=5e-7,
+            hidden_grad_error=1e-6, hidden_grad_rounding=1e-7, weight_grad_error=2e-6,
+            weight_grad_rounding=1e-7, of_floor=None,
+        )  # fmt: skip
+        return bench.LinearRow(**(cells | more))
+
+    def verdicts(*rows):
+        goals = bench.linear_goals.judge([*rows], "m")
+        return [(goal.measured.split()[0], goal.met) for goal in goals]
+
+    right = ("0.000", True)
+    # Speed, peak, errors of values, of hidden's and of weight's gradient.
+    assert verdicts(row("dpo_triton", 1.0), row("TRL", 3.6)) == [
+        ("3.60x", True), ("60.0", True), right, right, right
+    ]  # fmt: skip
+    floor = row("log_softmax, scored rows", 1.0)
+    worse = dict(peak_mib=65.0, value_error=2e-6, weight_grad_error=2.05e-6)
+    assert verdicts(row("dpo_triton", 1.2, **worse), floor) == [
+        ("1.20x", False), ("65.0", False), ("2.000", False), right, ("0.500", True)
+    ]  # fmt: skip
+    frozen = dict(head=bench.FROZEN, weight_grad_error=None)
+    # Against the formula that trains the head; its own row with a frozen one is none.
+    assert verdicts(row("dpo_triton", 0.79, **frozen), floor) == [("0.79x", True), ("60.0", True)]
+    whole = dict(scored_share=1.0)
+    assert verdicts(
+        row("dpo_triton", 1.0, **whole), row("TRL", 1.4, **whole), row("log_softmax", 0.9, **whole)
+    )[:2] == [("1.40x", False), ("1.11x", True)]
+    assert verdicts(row("TRL", 1.0)) == []
+
+
+def test_modelled_counts(bench):
+    """By hand, of 16 columns a token: one tile for both, H = 2, all of 8192 tokens scored."""
+    trl, ours, trl_frozen, ours_frozen = bench.linear_model.modelled(
+        "m", 2, 16, [1.0], {"trained": False, "frozen": True}
+    )
+    assert (trl.tiles, ours.tiles) == (2, 1)  # TRL's have 4096 tokens
+    assert (trl.products, trl_frozen.products, ours_frozen.products) == (4, 3, 2)
+    assert ours.products == 3  # the one tile is kept for the backward pass
+    assert trl.tile_bytes_per_token == 7 * 2 * 16
+    assert ours.tile_bytes_per_token == 6 * 2 * 16
+    assert ours_frozen.tile_bytes_per_token == 5 * 2 * 16
+    assert trl.launches_per_token == 2 * 6 / 8192
+    # Hidden states read 3 times and a float32 sum read and written; weights read 3 times a tile of
+    # tokens, their sum read and written, and at last zeros, a read and a result.
+    of_weight = 16 * 2 * (2 * (3 * 2 + 8) + 10)
+    assert trl.bytes_per_token == 7 * 2 * 16 + 2 * (3 * 2 + 8) + of_weight / 8192
+
+
+def test_a_partial_run_does_not_replace_the_whole_one(bench):
+    whole, plot = bench.output_paths(bench.parse_args([]), "AMD EPYC, 2 threads")
+    assert (whole.name, plot.name) == (
+        "linear-amd-epyc-2-threads.csv", "linear-amd-epyc-2-threads.png"
+    )  # fmt: skip
+    quick, _ = bench.output_paths(bench.parse_args(["--quick"]), "AMD EPYC, 2 threads")
+    assert quick.name == "linear-amd-epyc-2-threads.local.csv"
