@@ -19,12 +19,14 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench bench-kernels bench-trl bench-parallel gpu-check hub lint format clean
+.PHONY: help demo test bench bench-linear bench-dpo-step bench-kernels bench-trl bench-parallel gpu-check hub lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model, then train it (downloads 100 MB)"
 	@echo "make test    run the test suite"
 	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
+	@echo "make bench-linear   hidden states to log-probabilities, beside the peers"
+	@echo "make bench-dpo-step where a DPO step of a real model spends its time (downloads 100 MB)"
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
 	@echo "make bench-trl      steps of TRL's DPOTrainer with its own head and with ours"
 	@echo "make bench-parallel  a sharded head over processes, and modelled over 1 to 64 GPUs"
@@ -43,6 +45,12 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
+
+bench-linear: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
+
+bench-dpo-step: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python benchmarks/bench_dpo_step.py $(ARGS)
 
 bench-kernels: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)

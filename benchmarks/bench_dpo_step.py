@@ -445,18 +445,17 @@ def to_row(
 
 
 def judge(rows: list[StepRow]) -> list[Goal]:
-    """The share of head and log-probabilities of our step."""
+    """The share of head and log-probabilities of our step, beside the others'."""
+    ours = next(row for row in rows if row.impl == OURS)
+    others = ", ".join(f"{row.impl} {row.head_share:.1%}" for row in rows if row is not ours)
     return [
         Goal(
             "share of head and log-probs of a step",
             f"< {MOST_SHARE:.0%}",
-            ", ".join(f"{other.impl} {other.head_share:.1%}" for other in [row, *rows]
-                      if other is row or other.impl != OURS),
-            row.head_share < MOST_SHARE,
+            f"{ours.head_share:.1%} ({others})",
+            ours.head_share < MOST_SHARE,
         )
-        for row in rows
-        if row.impl == OURS
-    ]  # fmt: skip
+    ]
 
 
 def table(rows: list[StepRow]) -> str:

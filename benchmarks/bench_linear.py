@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
     goals = linear_goals.judge(rows, HEADLINE)
     print(
-        goal_lines(f"goals, {HEADLINE}, float32, forward + backward (errors: of all rows)", goals)
+        goal_lines(f"goals, {HEADLINE}, float32, forward + backward; errors: all", goals)
         if goals
         else f"goals: none can be judged without {HEADLINE}"
     )

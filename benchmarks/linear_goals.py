@@ -16,7 +16,7 @@ JUDGED = ((SHARE, TRAINED), (SHARE, FROZEN), (1.0, TRAINED))
 def judge(rows: list[LinearRow], headline: str) -> list[Goal]:
     """Return what the rows can judge: nothing about a peer that did not run.
 
-    Time and memory are those of the headline's model in float32, errors of all rows.
+    Time and memory are those of the headline's model in float32, errors of each model and dtype.
     """
     at_headline = [row for row in rows if (row.model, row.dtype) == (headline, "float32")]
     return [*_speeds(at_headline), *_memory(at_headline), *_errors(rows)]
@@ -63,7 +63,7 @@ def _errors(rows: list[LinearRow]) -> Iterator[Goal]:
 
     ours = [row for row in rows if row.impl == OURS]
     others = [row for row in rows if row.impl != OURS]
-    for dtype in dict.fromkeys(row.dtype for row in ours):
+    for model, dtype in dict.fromkeys((row.model, row.dtype) for row in ours):
         for what, name in (
             ("values", "value"),
             ("gradients of hidden", "hidden_grad"),
@@ -74,14 +74,14 @@ def _errors(rows: list[LinearRow]) -> Iterator[Goal]:
                 (getattr(row, error) - getattr(other, error)) / getattr(row, rounding)
                 for row in ours
                 for other in others
-                if row.dtype == dtype
+                if (row.model, row.dtype) == (model, dtype)
                 and case(row) == case(other)
                 and getattr(row, error) is not None
             ]
             if excesses:
                 no_worse = sum(excess <= 0 for excess in excesses)
                 yield Goal(
-                    f"error of {what} over every other's, {dtype}, in roundings of the result",
+                    f"roundings by which {what} err more than another's, {model}, {dtype}",
                     "<= 1",
                     f"{max(excesses):.3f} (not above in {no_worse} of {len(excesses)})",
                     max(excesses) <= 1,

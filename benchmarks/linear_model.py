@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from report import aligned
 
-from dpo_triton._head import TILE_V, kept_numel
+from dpo_triton._head import TILE_V, Tiles, kept_numel
 from dpo_triton.linear import TILE_BYTES_ELSEWHERE
 
 TOKENS = 8192
@@ -82,7 +82,7 @@ def schemes(is_frozen: bool) -> list[Scheme]:
     This package: forward a product, a kernel, three small copies; backward the same product, a
     kernel, a product and an addition for hidden's gradient, a product that writes weight's (a call
     of TOKENS tokens is one tile of rows). With a frozen head the gradient is made in the forward
-    pass: ten small operations for the rescaling, a kernel, a product and an addition.
+    pass: eleven small operations for the rescaling, a kernel, a product and an addition.
     """
     rows = TILE_BYTES_ELSEWHERE // (TILE_V * BF16)
     trl = Scheme(
@@ -102,7 +102,7 @@ def schemes(is_frozen: bool) -> list[Scheme]:
         OURS,
         (rows, TILE_V),
         products=2 if is_frozen else 4,
-        launches=18 if is_frozen else 10,
+        launches=19 if is_frozen else 10,
         logits=5 if is_frozen else 7,
         weight_reads=2 if is_frozen else 3,
         hidden_reads=1 if is_frozen else 3,
@@ -134,10 +134,7 @@ def _row(
     height, width = min(scored, scheme.tile[0]), min(vocab_size, scheme.tile[1])
     row_tiles, column_tiles = -(-scored // height), -(-vocab_size // width)
     tiles = row_tiles * column_tiles
-    kept = 0.0  # the part of the tiles that are not made again
-    if scheme.keeps_tiles:
-        numel = kept_numel(scored, vocab_size, TILE_BYTES_ELSEWHERE, torch.bfloat16)
-        kept = numel // (height * width) / tiles
+    kept = _kept_tiles(scored, vocab_size) / tiles if scheme.keeps_tiles else 0.0
     of_logits = (scheme.logits - kept) * BF16 * scored * vocab_size
     of_weight = vocab_size * hidden_size * (
         row_tiles * ((scheme.weight_reads - kept) * BF16 + scheme.weight_sum_bytes)
@@ -160,6 +157,14 @@ def _row(
         tile_bytes_per_token=of_logits / TOKENS,
         tile_mib=BF16 * height * width / 2**20,
     )
+
+
+def _kept_tiles(scored: int, vocab_size: int) -> int:
+    """How many tiles of this package the backward pass has no need to make again."""
+    numel = kept_numel(scored, vocab_size, TILE_BYTES_ELSEWHERE, torch.bfloat16)
+    kept = torch.empty(numel, dtype=torch.bfloat16, device="meta")
+    walk = Tiles(scored, vocab_size, TILE_BYTES_ELSEWHERE, kept, torch.bfloat16)
+    return sum(tile.is_kept for tile in walk)
 
 
 def table(rows: Iterable[ModelledRow]) -> str:

@@ -99,6 +99,7 @@ def plot(path: Path, rows: list[LinearRow], machine: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     model, dtype = rows[0].model, rows[0].dtype
     shown = [
@@ -127,6 +128,9 @@ def plot(path: Path, rows: list[LinearRow], machine: str) -> None:
                             label=impl if filled else None,
                         )
         axis.set(xscale="log", yscale="log", xlabel="seconds", title=f"{share:.0%} scored")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("peak memory above inputs and gradients, MiB")
     handles = dict(
