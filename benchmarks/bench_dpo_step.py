@@ -221,7 +221,10 @@ def make_batch(demo: Any, tokenizer: Any, data: Path, seq_len: int) -> Batch:
                 mask += [0] * (len(encoded.ids) - max(0, num_answer)) + [1] * max(0, num_answer)
         for side, (ids, mask) in zip(sides, rows, strict=True):
             if 1 not in mask[1:seq_len]:
-                raise SystemExit(f"error: {data} has too few pairs for {NUM_PAIRS} sequences")
+                raise SystemExit(
+                    f"error: {data}: a sequence without a token of an answer; more pairs are needed"
+                    f" for {NUM_PAIRS}, or a --seq-len beyond {seq_len}"
+                )
             side.append((ids[:seq_len], mask[:seq_len]))
     sequences = [*sides[0], *sides[1]]
 

@@ -4,7 +4,7 @@ Assumed: bfloat16, one call on TOKENS tokens of which a share is scored; both sc
 Every operand of every launch crosses the memory once: nothing stays in a cache between launches. A
 product that adds to its result reads and writes it. A product is scored tokens x H x V
 multiply-adds. Only launches per tile count, not the few dozen of a call. From the sources of trl
-1.16 and of dpo_triton/_head.py, torch >= 2.8.
+1.16 and of dpo_triton/_head/, torch >= 2.8.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from report import aligned
 
-from dpo_triton._head import TILE_V, Tiles, kept_numel
+from dpo_triton._head._tiles import TILE_V, Tiles, kept_numel
 from dpo_triton.linear import TILE_BYTES_ELSEWHERE
 
 TOKENS = 8192

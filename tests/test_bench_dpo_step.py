@@ -1,0 +1,105 @@
+"""The benchmark of a DPO step: its batch, its parts, and that it refuses wrong results."""
+
+import csv
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+class FakeTokenizer:
+    """A token a character, modulo 61: a prime, so that the head's V is odd."""
+
+    eos_token_id = 2
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, *, add_generation_prompt=False, return_dict=True):
+        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        return [ord(c) % 61 for c in text + "<assistant>" * add_generation_prompt]
+
+    def __call__(self, text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[ord(c) % 61 for c in text])
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The program as a module, with a tiny model; TRL cannot take its tokenizer."""
+    pytest.importorskip("tqdm")
+    transformers = pytest.importorskip("transformers")
+    siblings = {path.stem for path in BENCHMARKS.glob("*.py")}
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    for name in siblings:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.spec_from_file_location(
+        "bench_dpo_step", BENCHMARKS / "bench_dpo_step.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for annotations
+    spec.loader.exec_module(module)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.quantization_config = {"quant_method": "gguf"}  # as of a GGUF file: it must not survive
+    model = transformers.LlamaForCausalLM(config)
+    monkeypatch.setattr(module, "load_causal_lm", lambda demo, folder: (model, FakeTokenizer()))
+
+    def refuse(*inputs):
+        raise TypeError("no tokenizer of transformers")
+
+    monkeypatch.setattr(module, "make_trainer", refuse)
+    monkeypatch.setattr(module, "why_not", lambda name: None)
+    yield module
+    module.measure.map_buffers(2**25)  # where glibc's own rule ends
+    for name in siblings:
+        sys.modules.pop(name, None)
+
+
+def test_rows_and_what_was_not_run(bench, capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    options = ["--seq-len", "96", "--rounds", "2", "--no-plot"]
+    assert bench.main([*options, "--csv", str(path)]) == 0
+    out, _ = capsys.readouterr()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["impl"] for row in rows] == ["logits", "dpo_triton"]
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(math.log(2), abs=1e-5)  # policy is reference
+        assert float(row["value_error"]) < 1e-4
+        parts = [float(row[part]) for part in bench.PARTS]
+        assert min(parts) > 0
+        assert 0 < float(row["head_share"]) < 1
+        assert 0 < int(row["scored"]) < int(row["tokens"]) == 4 * 96
+    assert "not run: TRL: TypeError: no tokenizer of transformers" in out
+    assert "share of head and log-probs of a step" in out
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda v: v + 0.01, lambda v: v + (v * 0.1 - v.detach() * 0.1)], ids=["value", "grad"]
+)
+def test_refuses_to_time_wrong_results(bench, monkeypatch, capsys, tmp_path, wrong):
+    right = bench.fused_linear_seq_logprob
+    monkeypatch.setattr(bench, "fused_linear_seq_logprob", lambda *a, **k: wrong(right(*a, **k)))
+    path = tmp_path / "rows.csv"
+    options = ["--seq-len", "96", "--rounds", "1", "--no-plot", "--csv", str(path)]
+    assert bench.main(options) == 1
+    assert "wrong results, so nothing is timed" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_pairs_follow_one_another_until_a_sequence_is_full(bench):
+    demo = bench.load_demo()
+    batch = bench.make_batch(demo, FakeTokenizer(), bench.DATA, 300)
+    assert batch.input_ids.shape == (4, 300)
+    # A prompt again after the first answer: more than one pair in each sequence.
+    starts = (batch.completion_mask.diff(dim=1) == 1).sum(1)
+    assert (starts >= 2).all()
+    # Chosen and rejected begin with one prompt.
+    num_prompt = int(batch.completion_mask[0].argmax())
+    assert torch.equal(batch.input_ids[0, :num_prompt], batch.input_ids[2, :num_prompt])
