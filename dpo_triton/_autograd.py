@@ -54,20 +54,17 @@ class Logprob(torch.autograd.Function):
         )
         if peers is not None:
             partials, target = peers.gather_all_partials(partials, target, weights)
-        values, lengths, logps, *of_tokens, token_stats = _ops.combine(
+        inputs = (
             partials,
             target,
             weights,
             cu_seqlens,
-            _local(reduction, peers),
             columns.vocab_size,
-            *scaling,
+            scaling,
             stats,
             backend,
         )
-        if peers is not None:
-            values, lengths = peers.sum_sequences(values, lengths, weights, cu_seqlens, reduction)
-        result = logps.clone() if reduction == "none" else values
+        result, lengths, logps, of_tokens, token_stats = _combined(reduction, peers, *inputs)
         ctx.save_for_backward(logits, labels, cu_seqlens, weights, lengths, *of_tokens)
         ctx.reduction = reduction
         ctx.options = (shift, columns.first, *scaling, backend)
@@ -149,20 +146,10 @@ class LinearLogprob(torch.autograd.Function):
         else:
             of_head = _head.head_partials(*inputs, columns=columns, gather=peers.gather_partials)
         partials, target, weights, kept, unit_grad = of_head
-        values, lengths, logps, *of_tokens, token_stats = _ops.combine(
-            partials,
-            target,
-            weights,
-            cu_seqlens,
-            _local(reduction, peers),
-            columns.vocab_size,
-            *scaling,
-            stats,
-            backend,
-        )
-        if peers is not None:
-            values, lengths = peers.sum_sequences(values, lengths, weights, cu_seqlens, reduction)
-        result = logps.clone() if reduction == "none" else values
+        combined = (
+            partials, target, weights, cu_seqlens, columns.vocab_size, scaling, stats, backend
+        )  # fmt: skip
+        result, lengths, logps, of_tokens, token_stats = _combined(reduction, peers, *combined)
         if unit_grad.numel() > 0:  # of no more use: one gathered for this pass can be freed
             weight = weight.new_empty(0)
         ctx.save_for_backward(
@@ -197,9 +184,36 @@ def _columns(width: int, peers: "Peers | None") -> _head.Columns:
     return peers.columns
 
 
-def _local(reduction: str, peers: "Peers | None") -> str:
-    """What combine does of a sequence: where its tokens are sharded, only their sum is known."""
-    return reduction if peers is None or peers.sequence is None else "sum"
+def _combined(
+    reduction: str,
+    peers: "Peers | None",
+    partials: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    vocab_size: int,
+    scaling: tuple[float, float, float | None],
+    stats: Sequence[str],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+    """Result, lengths and logps, what `grad` takes of each token, and stats."""
+    # Where a sequence's tokens are sharded, only the sum of those that are here is known.
+    is_local = peers is not None and peers.sequence is not None
+    values, lengths, logps, *of_tokens, token_stats = _ops.combine(
+        partials,
+        target,
+        weights,
+        cu_seqlens,
+        "sum" if is_local else reduction,
+        vocab_size,
+        *scaling,
+        stats,
+        backend,
+    )
+    if peers is not None:
+        values, lengths = peers.sum_sequences(values, lengths, weights, cu_seqlens, reduction)
+    result = logps.clone() if reduction == "none" else values
+    return result, lengths, logps, of_tokens, token_stats
 
 
 def _spread(
