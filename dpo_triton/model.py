@@ -40,7 +40,7 @@ def seq_logprob_from_model(
 
     Args:
         model: a causal language model with `get_output_embeddings()`, bare or under
-            DistributedDataParallel, FSDP2 (`fully_shard`), PEFT or accelerate.
+            DistributedDataParallel, FSDP2 (`fully_shard`), DeepSpeed's ZeRO-3, PEFT or accelerate.
         input_ids: (B, T) int64.
         attention_mask: (B, T), handed to the model.
         labels: (B, T) int64, not shifted, like input_ids, which they are by default.

@@ -320,6 +320,48 @@ def test_a_partitioned_head_is_gathered_once_a_pass():
         assert max_error(parameter.grad, expected[name]) <= 1e-9 * scale, name
 
 
+def zero3_gradients(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """In a process: values and gradients of this rank's part of the batch under DeepSpeed."""
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_grad
+
+    torch.manual_seed(seed)
+    model, batch = tiny_model("llama", torch.float32), tiny_batch()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    config = dict(
+        train_micro_batch_size_per_gpu=len(batch["input_ids"]) // world_size,
+        zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0),
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    assert model.lm_head.weight.numel() == 0
+    values = seq_logprob_from_model(engine, **{k: x[rank::world_size] for k, x in batch.items()})
+    engine.backward(values.sum())
+    grads = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+    return values.detach(), grads
+
+
+@pytest.mark.slow
+def test_zero3_equals_one_process(monkeypatch):
+    """DeepSpeed itself, on CPUs; it compiles an operator for that when it first runs."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    seed = int(torch.randint(2**31, ()))
+    by_rank = run_processes(zero3_gradients, 2, seed)
+    torch.manual_seed(seed)
+    model, batch = tiny_model("llama", torch.float32), tiny_batch()
+    values = by_full_logits(model, batch)
+    exact = gradients(values.sum() / 2, model, torch.ones(()))
+    for rank, (got, grads) in enumerate(by_rank):
+        assert max_error(got, values[rank::2].detach()) <= 1e-5
+        for name, grad in exact.items():
+            scale = 1e-3 + float(grad.abs().max())
+            assert max_error(grads[name], grad) <= 1e-4 * scale, name
+
+
 def test_a_copy_of_the_model_is_the_reference():
     """Policy equal to its reference, with and without gradients: a loss of exactly ln 2."""
     policy, batch = tiny_model("llama", torch.float32), tiny_batch()
