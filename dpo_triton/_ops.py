@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._backends import resolve_backend
 from ._checks import check_cu_seqlens_values, check_scored_labels
+from ._weights import sum_dtype
 
 # Of the operators: the package's own name, so that another copy of it, imported under another name
 # as the Hugging Face Hub does, can live in the same process.
@@ -67,7 +68,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, seq_len, num_columns = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(logits.dtype)
     num_splits = resolve_backend(backend, logits.device, logits.dtype).num_splits(num_columns)
     return (
         logits.new_empty((2 + len(stats), num_splits, batch * seq_len), dtype=dtype),

@@ -1,4 +1,4 @@
-"""Which tokens are scored, and how much each of them counts."""
+"""Which tokens are scored, how much each of them counts, and what they are summed in."""
 
 import torch
 from torch import Tensor
@@ -20,3 +20,8 @@ def token_weights(
     elif shift:
         weights[:, :1] = 0.0
     return weights
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of weights, partials and results, for logits or products of dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

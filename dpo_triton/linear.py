@@ -10,6 +10,7 @@ from . import _checks, _head, parallel
 from ._autograd import LinearLogprob
 from ._backends import BackendName, resolve_backend
 from ._dtensor import local_head
+from ._weights import sum_dtype
 from .parallel import Peers, VocabShard
 from .seq_logprob import Reduction
 
@@ -313,7 +314,7 @@ def _linear_logprob(
             cu_seqlens,
             bool(shift),
             ignore_index,
-            torch.float64 if dtype == torch.float64 else torch.float32,
+            sum_dtype(dtype),
             weight.shape[0],
             _head.num_splits,
             {

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
 
 from . import _checks, parallel
 from ._autograd import Logprob
 from ._backends import BackendName, resolve_backend
 from ._dtensor import local_logits
+from ._weights import sum_dtype
 from .parallel import Peers, VocabShard
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def _logprob(
             cu_seqlens,
             bool(shift),
             ignore_index,
-            torch.float64 if logits.dtype == torch.float64 else torch.float32,
+            sum_dtype(logits.dtype),
             logits.shape[-1],
             stages.num_splits,
             {

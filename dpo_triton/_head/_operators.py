@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .._ops import NAMESPACE, SCALING, forbid_double_backward
-from ._tiles import Columns, kept_numel, num_splits, sum_dtype
+from .._weights import sum_dtype
+from ._tiles import Columns, kept_numel, num_splits
 from .grad import head_grad
 from .partials import head_partials
 

@@ -95,11 +95,6 @@ def kept_numel(num_tokens: int, vocab_size: int, tile_bytes: int, dtype: torch.d
     return max(0, min(room, num_tokens * vocab_size))
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of what the products of dtype are summed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def scored_rows(
     hidden: Tensor, labels: Tensor, weights: Tensor, shift: bool, dtype: torch.dtype
 ) -> Rows:

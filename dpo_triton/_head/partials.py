@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .._backends import resolve_backend
 from .._checks import check_cu_seqlens_values, check_scored_labels
-from .._weights import token_weights
-from ._tiles import Columns, Tiles, fill_, kept_numel, num_splits, scored_rows, sum_dtype
+from .._weights import sum_dtype, token_weights
+from ._tiles import Columns, Tiles, fill_, kept_numel, num_splits, scored_rows
 from .hidden_grad import HiddenGrad, Scaling
 
 

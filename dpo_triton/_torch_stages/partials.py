@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._weights import token_weights
+from .._weights import sum_dtype, token_weights
 from ._rows import (
     Workspace,
     blocks,
@@ -53,7 +53,7 @@ def partials(
     C is 2 (peak, total) and one more for each of `stats`. The target is -inf where it is not in
     these columns.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(logits.dtype)
     weights = token_weights(labels, mask, cu_seqlens, shift, ignore_index, dtype)
     scored = weights.flatten().nonzero().squeeze(1)
     y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
