@@ -1,7 +1,6 @@
 """What two kernels share: the split, the scale of exponents, and device functions."""
 
 import contextlib
-import math
 
 import torch
 import triton
@@ -128,16 +127,6 @@ def starts_a_sequence(cu_seqlens_ptr, num_sequences, token):
         else:
             high = middle
     return tl.load(cu_seqlens_ptr + low).to(tl.int64) == token
-
-
-def slope(temperature: float, logit_scale: float, softcap: float | None) -> float:
-    """Slope of z in u."""
-    return (1.0 if softcap is not None else logit_scale) / temperature
-
-
-def exponent_scale(temperature: float, logit_scale: float, softcap: float | None) -> float:
-    """Slope of z / ln 2 in u: temperature, scale and the base of exp2 in one multiplication."""
-    return slope(temperature, logit_scale, softcap) / math.log(2.0)
 
 
 def vector_width(*tensors: Tensor) -> int:

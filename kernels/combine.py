@@ -9,29 +9,33 @@ float32 sums of exponentials, and one at the end. Splits and tokens are added in
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import LN2, LOWEST, exponent_scale, log1p, on_device, warp_size
+from ._tiles import LN2, LOWEST, log1p, on_device, warp_size
 
 
 # One program per sequence walks its tokens in blocks, and each token's splits in order.
-@triton.jit(do_not_specialize=["num_tokens", "seq_len", "vocab_size", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "seq_len", "vocab_size", "num_splits", "stride_sums_c", "stride_sums_k",
+    ]
+)  # fmt: skip
 def _combine_kernel(
-    partials_ptr,  # (C, K, N) float32: peak, total, then what each stat asked for
+    sums_ptr,  # (C, K, N) float32: peak, total, then what each stat asked for
     target_ptr,  # (N,) float32
     weights_ptr,  # (N,) float32, 0 where not scored
     cu_seqlens_ptr,  # (S + 1,) int32 or int64, or None: sequences of seq_len tokens
     values_ptr,  # (S,) float32, out
     lengths_ptr,  # (S,) float32, out: sum of weights
     logps_ptr,  # (N,) float32, out
-    complement_ptr,  # (N,) float32, out: 1 - exp(logp), the share of everybody but the target
-    reference_ptr,  # (N,) float32, out: what the gradient's exponents z / ln 2 are relative to
-    share_ptr,  # (N,) float32, out: the probability of a token with that exponent
+    softmax_ptr,  # (4, N) float32, out: complement, reference, share and exponent_scale
     stats_ptr,  # (E, N) float32, out
+    stride_sums_c,
+    stride_sums_k,
     num_tokens,
     seq_len,
     vocab_size,
@@ -53,7 +57,7 @@ def _combine_kernel(
         first = s * seq_len
         bound = tl.minimum(first + seq_len, num_tokens)
     scale = tl.cast(exponent_scale, tl.float32).to(tl.float64)  # the very number that partials used
-    channel = num_splits * num_tokens  # below 2**31: partials had as many programs
+    channel = tl.cast(stride_sums_c, tl.int64)
 
     weighted_logps = tl.zeros([BLOCK_T], tl.float64)
     weight_sum = tl.zeros([BLOCK_T], tl.float64)
@@ -68,7 +72,7 @@ def _combine_kernel(
         # Everybody but the target, relative to the largest split.
         peak = tl.full([BLOCK_T], LOWEST, tl.float32)
         for k in range(num_splits):
-            split_ptr = partials_ptr + k * num_tokens + n
+            split_ptr = sums_ptr + k * stride_sums_k + n
             peak = tl.maximum(peak, tl.load(split_ptr, mask=scored, other=LOWEST))
         others = tl.zeros([BLOCK_T], tl.float64)
         weighted = tl.zeros([BLOCK_T], tl.float64)
@@ -76,7 +80,7 @@ def _combine_kernel(
         earlier = tl.full([BLOCK_T], -float("inf"), tl.float32)
         square_sum = tl.zeros([BLOCK_T], tl.float64)
         for k in range(num_splits):
-            split_ptr = partials_ptr + k * num_tokens + n
+            split_ptr = sums_ptr + k * stride_sums_k + n
             split_peak = tl.load(split_ptr, mask=scored, other=0.0).to(tl.float64)
             offset = (split_peak - peak) * scale
             shrink = tl.exp2(offset)
@@ -108,7 +112,7 @@ def _combine_kernel(
         logp = tl.where(scored, -(tl.maximum(log_odds, 0.0) + log1p(e)), 0.0)
         complement = tl.where(log_odds > 0.0, 1.0, e) / (1.0 + e)
         tl.store(logps_ptr + n, logp.to(tl.float32), mask=inside)
-        tl.store(complement_ptr + n, complement.to(tl.float32), mask=scored)
+        tl.store(softmax_ptr + n, complement.to(tl.float32), mask=scored)
         weighted_logps += tl.where(scored, logp * weight, 0.0)
         weight_sum += weight
         num_scored += scored.to(tl.int32)
@@ -127,8 +131,11 @@ def _combine_kernel(
         is_flat = log2_total - peak_exponent >= 1.0
         reference = tl.where(is_flat, log2_total, peak_exponent).to(tl.float32)
         share = tl.exp2(reference.to(tl.float64) - log2_total)
-        tl.store(reference_ptr + n, tl.where(total == 0.0, 0.0, reference), mask=scored)
-        tl.store(share_ptr + n, tl.where(total == 0.0, 0.0, share).to(tl.float32), mask=scored)
+        row_ptr = softmax_ptr + num_tokens + n
+        tl.store(row_ptr, tl.where(total == 0.0, 0.0, reference), mask=scored)
+        row_ptr += num_tokens
+        tl.store(row_ptr, tl.where(total == 0.0, 0.0, share).to(tl.float32), mask=scored)
+        tl.store(row_ptr + num_tokens, tl.cast(exponent_scale, tl.float32), mask=scored)
 
         stat_ptr = stats_ptr + n
         if ENTROPY:  # log total - sum of p * (z - peak)
@@ -161,66 +168,51 @@ def _combine_kernel(
 
 
 def combine(
-    partials: Tensor,
-    target: Tensor,
-    weights: Tensor,
+    partials: Any,  # a Partials
     cu_seqlens: Tensor | None,
     reduction: str,
     vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scaling: Any,  # a Scaling
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return float32 values and lengths (S,), logps (B, T), what `grad` takes of each token
-    (complement, reference and share, (B * T,) each), and stats (E, B, T).
+    out: Any,  # a Combined
+) -> None:
+    """Write float32 values and lengths (S,), logps (B, T), what `grad` takes of each token, and
+    stats (E, B, T).
 
     With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
     0.
     """
+    sums, target, weights = partials
     batch, seq_len = weights.shape
     num_tokens = batch * seq_len
     if reduction == "none":
-        num_sequences, num_programs, seq_len = 0, triton.cdiv(num_tokens, BLOCK_T), BLOCK_T
+        cu_seqlens, num_programs, seq_len = None, triton.cdiv(num_tokens, BLOCK_T), BLOCK_T
     else:
-        num_sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        num_programs = num_sequences
-    values = weights.new_empty(num_sequences)
-    lengths = weights.new_empty(num_sequences)
-    logps = torch.empty_like(weights)
-    complement, reference, share = (torch.empty_like(target) for _ in range(3))
-    token_stats = weights.new_empty((len(stats), *weights.shape))
-    if num_programs > 0:
-        with on_device(weights):
-            _combine_kernel[(num_programs,)](
-                partials,
-                target,
-                weights,
-                cu_seqlens
-                if reduction == "none" or cu_seqlens is None
-                else cu_seqlens.contiguous(),
-                values,
-                lengths,
-                logps,
-                complement,
-                reference,
-                share,
-                token_stats,
-                num_tokens,
-                seq_len,
-                vocab_size,
-                partials.shape[1],
-                exponent_scale(temperature, logit_scale, softcap),
-                PACKED=cu_seqlens is not None and reduction != "none",
-                REDUCTION=reduction,
-                ENTROPY="entropy" in stats,
-                MEAN_LOGIT="mean_logit" in stats,
-                TOP1="top1" in stats,
-                LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
-                BLOCK_T=BLOCK_T,
-                num_warps=BLOCK_T // warp_size(),
-            )
-    return values, lengths, logps, complement, reference, share, token_stats
+        num_programs = out.values.shape[0]
+    if num_programs == 0:
+        return
+    with on_device(weights):
+        _combine_kernel[(num_programs,)](
+            sums,
+            target,
+            weights,
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            *out,
+            *sums.stride()[:2],
+            num_tokens,
+            seq_len,
+            vocab_size,
+            sums.shape[1],
+            scaling.exponent_scale,
+            PACKED=cu_seqlens is not None,
+            REDUCTION=reduction,
+            ENTROPY="entropy" in stats,
+            MEAN_LOGIT="mean_logit" in stats,
+            TOP1="top1" in stats,
+            LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
+            BLOCK_T=BLOCK_T,
+            num_warps=BLOCK_T // warp_size(),
+        )
 
 
 # Tokens a program handles at a time. A constant, like SPLIT_V: it fixes the order of the sums.

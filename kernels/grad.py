@@ -7,6 +7,8 @@ times the token's coefficient and the slope of z in x. A row that is not scored 
 zeros.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,12 +18,10 @@ from ._tiles import (
     SPLIT_V,
     cap,
     columns,
-    exponent_scale,
     from_own,
     load_tail,
     on_device,
     own_columns,
-    slope,
     store_tail,
     vector_width,
     warp_size,
@@ -53,7 +53,7 @@ def _logits_grad(
 @triton.jit(
     do_not_specialize=[
         "stride_grad_logps_b", "stride_grad_logps_t",
-        "num_tokens", "seq_len", "num_columns", "num_splits", "first_column",
+        "num_tokens", "seq_len", "num_columns", "num_splits", "first_column", "stride_softmax",
     ]
 )  # fmt: skip
 def _grad_kernel(
@@ -61,9 +61,7 @@ def _grad_kernel(
     labels_ptr,  # (B * T,) int32 or int64
     weights_ptr,  # (B * T,) float32, 0 where not scored
     grad_logps_ptr,  # (B, T) float32, any strides
-    complement_ptr,  # (B * T,) float32
-    reference_ptr,  # (B * T,) float32
-    share_ptr,  # (B * T,) float32
+    softmax_ptr,  # (4, B * T) float32: complement, reference, share and exponent_scale
     grad_logits_ptr,  # (B, T, W), W contiguous, out; may be logits itself
     stride_logits_b,
     stride_logits_t,
@@ -71,12 +69,12 @@ def _grad_kernel(
     stride_grad_logps_t,
     stride_grad_logits_b,
     stride_grad_logits_t,
+    stride_softmax,
     num_tokens,
     seq_len,
     num_columns,  # W
     num_splits,
     first_column,  # of these columns in the vocabulary
-    exponent_scale,
     slope,  # of z in u
     logit_scale,
     softcap,
@@ -107,10 +105,11 @@ def _grad_kernel(
         upstream_ptr = grad_logps_ptr + n // seq_len * stride_grad_logps_b
         upstream = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32)
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
-        target_grad = coefficient * tl.load(complement_ptr + n)
-        scaled_share = -coefficient * tl.load(share_ptr + n)
-        reference = tl.load(reference_ptr + n)
-        exponent_scale = tl.cast(exponent_scale, tl.float32)
+        softmax_ptr += n
+        target_grad = coefficient * tl.load(softmax_ptr)
+        reference = tl.load(softmax_ptr + stride_softmax)
+        scaled_share = -coefficient * tl.load(softmax_ptr + 2 * stride_softmax)
+        exponent_scale = tl.load(softmax_ptr + 3 * stride_softmax)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
             x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
@@ -143,25 +142,21 @@ def _grad_kernel(
 def grad(
     grad_logps: Tensor,
     logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    complement: Tensor,
-    reference: Tensor,
-    share: Tensor,
-    shift: bool,
-    first_column: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scored: Any,  # a Scored
+    softmax: Tensor,
+    columns: Any,  # a Columns
+    scaling: Any,  # a Scaling
     out: Tensor | None,
 ) -> Tensor:
     """Return the gradient of logits, (B, T, W) in their dtype, in `out` if given, which may be
-    logits. They are the W columns from first_column on of the vocabulary.
+    logits. They are the W columns from `columns.first` on of the vocabulary.
 
-    grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is.
+    grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is. softmax is
+    (4, B * T), a RowSoftmax, its rows as far apart as one likes.
     """
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    labels, weights, shift = scored
     batch, seq_len, num_columns = logits.shape
     splits = triton.cdiv(num_columns, SPLIT_V)
     if out.numel() == 0:
@@ -172,26 +167,24 @@ def grad(
             labels.contiguous(),
             weights,
             grad_logps,
-            complement,
-            reference,
-            share,
+            softmax,
             out,
             *logits.stride()[:2],
             *grad_logps.stride(),
             *out.stride()[:2],
+            softmax.stride(0),
             batch * seq_len,
             seq_len,
             num_columns,
             splits,
-            first_column,
-            exponent_scale(temperature, logit_scale, softcap),
-            slope(temperature, logit_scale, softcap),
-            logit_scale,
-            softcap or 0.0,
+            columns.first,
+            scaling.slope,
+            scaling.logit_scale,
+            scaling.softcap or 0.0,
             SHIFT=shift,
-            HAS_SOFTCAP=softcap is not None,
+            HAS_SOFTCAP=scaling.softcap is not None,
             SPLIT_V=SPLIT_V,
-            **launch_config(logits, out, softcap is not None),
+            **launch_config(logits, out, scaling.softcap is not None),
         )
     return out
 

@@ -10,8 +10,8 @@ target leads by 17 nats in float32; the sum of the others keeps its precision at
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +21,6 @@ from ._tiles import (
     SPLIT_V,
     cap,
     columns,
-    exponent_scale,
     from_own,
     load_tail,
     on_device,
@@ -117,7 +116,7 @@ def _max_and_sum(
 @triton.jit(
     do_not_specialize=[
         "num_tokens", "seq_len", "num_columns", "num_splits", "num_sequences", "ignore_index",
-        "first_column", "vocab_size",
+        "first_column", "vocab_size", "stride_sums_c", "stride_sums_k",
     ]
 )  # fmt: skip
 def _partials_kernel(
@@ -125,11 +124,13 @@ def _partials_kernel(
     labels_ptr,  # (B, T) int32 or int64
     mask_ptr,  # (B, T) any dtype, or None
     cu_seqlens_ptr,  # (S + 1,) int32 or int64, or None
-    partials_ptr,  # (C, K, B * T) float32, out: peak, total, then what each stat asks for
-    target_ptr,  # (B * T,) float32, out: u of the target, -inf where it is not in these columns
+    sums_ptr,  # (C, K, B * T) float32, out: peak, total, then what each stat asks for
+    target_ptr,  # (B * T,) float32, out where it is in these columns: u of the target
     weights_ptr,  # (B, T) float32, out: 0 where a token is not scored
     stride_logits_b,
     stride_logits_t,
+    stride_sums_c,
+    stride_sums_k,
     num_tokens,
     seq_len,
     num_columns,  # W
@@ -167,6 +168,8 @@ def _partials_kernel(
         else:
             is_first = n % seq_len == 0
         weight = tl.where(is_first, 0.0, weight)
+    if PACKED:  # padding after the last sequence
+        weight = tl.where(n < tl.load(cu_seqlens_ptr + num_sequences).to(tl.int64), weight, 0.0)
     if split == 0:
         tl.store(weights_ptr + n, weight)
 
@@ -180,8 +183,8 @@ def _partials_kernel(
         if split == 0:
             x_y = tl.load(row_ptr + column, mask=is_here, other=0.0).to(tl.float32)
             u_y = cap(x_y, logit_scale, softcap, HAS_SOFTCAP)
-            elsewhere = tl.where(in_vocabulary, -float("inf"), float("nan"))
-            tl.store(target_ptr + n, tl.where(is_here, u_y, elsewhere))
+            u_y = tl.where(in_vocabulary, u_y, float("nan"))
+            tl.store(target_ptr + n, u_y, mask=is_here | ~in_vocabulary)
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
         TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
@@ -244,8 +247,8 @@ def _partials_kernel(
         error = -tl.fma(split_peak, exponent_scale, -split_exponent)
         drop = rounded_product(peak, exponent_scale) - split_exponent + error
         shrink = tl.exp2(drop)
-        out_ptr = partials_ptr + split * num_tokens + n
-        channel = (tl.num_programs(0)).to(tl.int64)  # K * B * T: from one channel to the next
+        out_ptr = sums_ptr + split * stride_sums_k + n
+        channel = tl.cast(stride_sums_c, tl.int64)
         tl.store(out_ptr, split_peak)
         tl.store(out_ptr + channel, tl.sum(total * shrink))
         out_ptr += 2 * channel
@@ -269,67 +272,59 @@ def num_splits(num_columns: int) -> int:
 
 def partials(
     logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    first_column: int,
-    vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    tokens: Any,  # a Tokens
+    columns: Any,  # a Columns
+    scaling: Any,  # a Scaling
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return float32 partials (C, K, B * T), target (B * T,) and weights (B, T).
+    out: Any,  # a Partials
+) -> None:
+    """Write the partials of float32: sums (C, K, B * T), target (B * T,) and weights (B, T).
 
-    logits are the columns from first_column on of a vocabulary of vocab_size: all of them, or some,
-    and then the partials of others have their place beside these, and the target is -inf where
-    others have it. C is 2 (peak, total) and one more for each of `stats`; K the splits of SPLIT_V
-    columns. What belongs to a token that is not scored is left unwritten, but for its weight, 0.
+    logits (B, T, W) are some columns of a vocabulary; what they have beyond `columns.width` is
+    padding. The partials of other columns have their place beside these. C is 2 (peak, total) and
+    one more for each of `stats`; K the splits of SPLIT_V columns. The sums of `out` may have any
+    strides but for tokens. A target is written where it is in these columns, and NaN where its
+    label is outside of the vocabulary. Of a token that is not scored only the weight, 0, is
+    written.
     """
-    batch, seq_len, num_columns = logits.shape
-    num_tokens = batch * seq_len
-    splits = num_splits(num_columns)
-    weights = torch.empty((batch, seq_len), dtype=torch.float32, device=logits.device)
-    target = weights.new_empty(num_tokens)
-    partials = weights.new_empty((2 + len(stats), splits, num_tokens))
-    if num_tokens == 0:
-        return partials, target, weights
+    labels, mask, cu_seqlens, shift, ignore_index = tokens
+    batch, seq_len = labels.shape
+    if batch * seq_len == 0:
+        return
+    splits = num_splits(columns.width)
     with on_device(logits):
-        _partials_kernel[(num_tokens * splits,)](
+        _partials_kernel[(batch * seq_len * splits,)](
             logits,
             labels.contiguous(),
             None if mask is None else mask.contiguous(),
             None if cu_seqlens is None else cu_seqlens.contiguous(),
-            partials,
-            target,
-            weights,
-            logits.stride(0),
-            logits.stride(1),
-            num_tokens,
+            out.sums,
+            out.target,
+            out.weights,
+            *logits.stride()[:2],
+            *out.sums.stride()[:2],
+            batch * seq_len,
             seq_len,
-            num_columns,
+            columns.width,
             splits,
             0 if cu_seqlens is None else cu_seqlens.numel() - 1,
             ignore_index,
-            first_column,
-            vocab_size,
-            exponent_scale(temperature, logit_scale, softcap),
-            logit_scale,
-            softcap or 0.0,
+            columns.first,
+            columns.vocab_size,
+            scaling.exponent_scale,
+            scaling.logit_scale,
+            scaling.softcap or 0.0,
             SHIFT=shift,
             HAS_MASK=mask is not None,
             PACKED=cu_seqlens is not None,
-            HAS_SOFTCAP=softcap is not None,
+            HAS_SOFTCAP=scaling.softcap is not None,
             ENTROPY="entropy" in stats,
             MEAN_LOGIT="mean_logit" in stats,
             TOP1="top1" in stats,
             LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
             SPLIT_V=SPLIT_V,
-            **launch_config(logits, has_softcap=softcap is not None),
+            **launch_config(logits, has_softcap=scaling.softcap is not None),
         )
-    return partials, target, weights
 
 
 def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
