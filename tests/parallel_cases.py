@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from parallel_ways import Sent
 from torch import Tensor
 
 import dpo_triton
+from benchmarks.parallel.ways import Sent
 from dpo_triton import VocabShard
 from dpo_triton._head import backward, forward
 
@@ -297,7 +297,7 @@ def create_graph_case() -> dict[str, Any] | None:
 
 def peak_case(shape: tuple[int, int, int, int], kind: str, is_sharded: bool) -> float | None:
     """MiB above the inputs in a forward and a backward pass, on bfloat16."""
-    from measure import map_buffers, peak_mib
+    from benchmarks.common.measure import map_buffers, peak_mib
 
     if not is_sharded and dist.get_rank() > 0:
         return 0.0

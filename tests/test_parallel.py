@@ -4,8 +4,6 @@ import importlib.util
 from typing import Any
 
 import parallel_cases as cases
-import parallel_model
-import parallel_ways as ways
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,8 @@ from parallel_cases import Case
 from processes import run_processes
 from torch import Tensor
 
+from benchmarks.common.peers import OURS
+from benchmarks.parallel import model, ways
 from dpo_triton import VocabShard, fused_linear_seq_logprob, fused_seq_logprob, reference
 
 SIZE = 4
@@ -345,15 +345,15 @@ def test_bytes_for_hidden_states(results, seed, name, is_trained):
 def test_the_benchmarks_model_has_the_bytes_that_are_sent(results, name):
     ranks = of_ranks(results, "benchmark")
     num_scored = ranks[0][name]["num_scored"]
-    step = parallel_model.Step(num_scored, BENCHMARK.hidden_size, BENCHMARK.vocab_size)
-    cost = parallel_model.cost(name, step, SIZE)
+    step = model.Step(num_scored, BENCHMARK.hidden_size, BENCHMARK.vocab_size)
+    cost = model.cost(name, step, SIZE)
     num_tokens = BENCHMARK.batch * BENCHMARK.seq_len
     for rank in ranks:
         assert torch.equal(rank[name]["values"], ranks[0][name]["values"])
         assert rank[name]["error"] < 0.05
         assert rank[name]["calls"] == cost.collectives
         sent, sent_back = rank[name]["forward"], rank[name]["backward"]
-        if name == ways.OURS:
+        if name == OURS:
             assert sent == cost.forward_bytes + (SIZE - 1) * 4  # a status
             assert sent_back == cost.backward_bytes
         else:  # they reduce the gradient of all hidden states
