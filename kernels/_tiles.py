@@ -44,51 +44,74 @@ def cap(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         return x
 
 
-# A tile of columns has the shape (R, THREADS, VEC): VEC neighbours a thread, R times. What a column
-# is compared with is first made relative to the thread, so that each thread compares one number
-# with constants: its own columns as numbers would be 32 registers that live through the loop.
+# A tile of columns has the shape (R, THREADS, VEC): VEC neighbours a thread, R times. Memory is
+# accessed as (R, THREADS * VEC), neighbours in its last dimension: in that shape every version of
+# Triton gives a thread VEC neighbours, and to see it as a tile moves nothing. So what is reduced
+# over R and VEC stays in a thread.
 @triton.jit
-def columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    thread = tl.arange(0, THREADS)[None, :, None]
-    return own_columns(R, THREADS, VEC) + thread * VEC
-
-
-@triton.jit
-def own_columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    # (R, 1, VEC): columns(...) less the first column of the thread.
-    r = tl.arange(0, R)[:, None, None]
-    return r * (THREADS * VEC) + tl.arange(0, VEC)[None, None, :]
+def offsets(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (R, THREADS * VEC): of a tile's columns, in memory.
+    r = tl.arange(0, R)[:, None]
+    return r * (THREADS * VEC) + tl.arange(0, THREADS * VEC)[None, :]
 
 
 @triton.jit
-def from_own(column, THREADS: tl.constexpr, VEC: tl.constexpr):
-    # (1, THREADS, 1): a column of the tile less the first column of each thread.
-    return column.to(tl.int32) - tl.arange(0, THREADS)[None, :, None] * VEC
+def load(ptr, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # A whole tile. Without a mask: a column bound would break 16-byte accesses.
+    x = tl.load(ptr + offsets(R, THREADS, VEC))
+    return x.to(tl.float32).reshape(R, THREADS, VEC)
+
+
+@triton.jit
+def store(ptr, x):
+    R: tl.constexpr = x.shape[0]
+    THREADS: tl.constexpr = x.shape[1]
+    VEC: tl.constexpr = x.shape[2]
+    x = x.to(ptr.dtype.element_ty).reshape(R, THREADS * VEC)
+    tl.store(ptr + offsets(R, THREADS, VEC), x)
 
 
 # The first `size` columns of a tile. Where they are whole groups of VEC neighbours, the mask says
 # so and accesses stay 16 bytes wide; a mask that may end anywhere makes them single.
 @triton.jit
 def load_tail(ptr, size, other, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    v = columns(R, THREADS, VEC)
+    v = offsets(R, THREADS, VEC)
+    size = size.to(tl.int32)
     if size % VEC == 0:
-        whole = tl.arange(0, R)[:, None, None] * (THREADS * VEC) < from_own(size, THREADS, VEC)
-        x = tl.load(ptr + v, mask=whole, other=other)
+        x = tl.load(ptr + v, mask=v < size // VEC * VEC, other=other)
     else:
-        inside = own_columns(R, THREADS, VEC) < from_own(size, THREADS, VEC)
-        x = tl.load(ptr + v, mask=inside, other=other)
-    return x.to(tl.float32)
+        x = tl.load(ptr + v, mask=v < size, other=other)
+    return x.to(tl.float32).reshape(R, THREADS, VEC)
 
 
 @triton.jit
-def store_tail(ptr, x, size, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    v = columns(R, THREADS, VEC)
+def store_tail(ptr, x, size):
+    R: tl.constexpr = x.shape[0]
+    THREADS: tl.constexpr = x.shape[1]
+    VEC: tl.constexpr = x.shape[2]
+    v = offsets(R, THREADS, VEC)
+    x = x.to(ptr.dtype.element_ty).reshape(R, THREADS * VEC)
+    size = size.to(tl.int32)
     if size % VEC == 0:
-        whole = tl.arange(0, R)[:, None, None] * (THREADS * VEC) < from_own(size, THREADS, VEC)
-        tl.store(ptr + v, x, mask=whole)
+        tl.store(ptr + v, x, mask=v < size // VEC * VEC)
     else:
-        inside = own_columns(R, THREADS, VEC) < from_own(size, THREADS, VEC)
-        tl.store(ptr + v, x, mask=inside)
+        tl.store(ptr + v, x, mask=v < size)
+
+
+# What a column is compared with is first made relative to the thread, so that each thread compares
+# one number with constants: its own columns as numbers would be 32 registers that live through the
+# loop.
+@triton.jit
+def own_columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (R, 1, VEC): a tile's columns less the first one of the thread.
+    r = tl.arange(0, R)[:, None, None]
+    return r * (THREADS * VEC) + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def from_own(column, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (1, THREADS, 1): a column of the tile less the first one of each thread.
+    return column.to(tl.int32) - tl.arange(0, THREADS)[None, :, None] * VEC
 
 
 @triton.jit

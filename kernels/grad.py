@@ -15,13 +15,14 @@ from torch import Tensor
 from ._tiles import (
     SPLIT_V,
     cap,
-    columns,
     exponent_scale,
     from_own,
+    load,
     load_tail,
     on_device,
     own_columns,
     slope,
+    store,
     store_tail,
     vector_width,
     warp_size,
@@ -113,16 +114,15 @@ def _grad_kernel(
         exponent_scale = tl.cast(exponent_scale, tl.float32)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
-            x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
+            x = load(row_ptr + start, R, THREADS, VEC)
             d, chain = _logits_grad(
                 x, scaled_share, reference, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
             )
-            d_ptr = out_ptr + start + columns(R, THREADS, VEC)
             if (y >= start) & (y < start + BLOCK_V):
                 is_target = own == from_own(y - start, THREADS, VEC)
-                tl.store(d_ptr, tl.where(is_target, target_grad * chain, d).to(dtype))
+                store(out_ptr + start, tl.where(is_target, target_grad * chain, d))
             else:
-                tl.store(d_ptr, d.to(dtype))
+                store(out_ptr + start, d)
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
             x = load_tail(row_ptr + start, bound - start, 0.0, TAIL_R, THREADS, VEC)
             d, chain = _logits_grad(
@@ -130,14 +130,14 @@ def _grad_kernel(
             )
             is_target = own_columns(TAIL_R, THREADS, VEC) == from_own(y - start, THREADS, VEC)
             d = tl.where(is_target, target_grad * chain, d)
-            store_tail(out_ptr + start, d.to(dtype), bound - start, TAIL_R, THREADS, VEC)
+            store_tail(out_ptr + start, d, bound - start)
     else:
         zeros = tl.zeros([R, THREADS, VEC], dtype)
         for start in range(first, tail, BLOCK_V):
-            tl.store(out_ptr + start + columns(R, THREADS, VEC), zeros)
+            store(out_ptr + start, zeros)
         few = tl.zeros([TAIL_R, THREADS, VEC], dtype)
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
-            store_tail(out_ptr + start, few, bound - start, TAIL_R, THREADS, VEC)
+            store_tail(out_ptr + start, few, bound - start)
 
 
 def grad(

@@ -20,9 +20,9 @@ from ._tiles import (
     LOWEST,
     SPLIT_V,
     cap,
-    columns,
     exponent_scale,
     from_own,
+    load,
     load_tail,
     on_device,
     own_columns,
@@ -196,7 +196,7 @@ def _partials_kernel(
         # Full tiles load without a mask: a column bound would break their 16-byte loads.
         tail = first + (bound - first) // BLOCK_V * BLOCK_V
         for start in range(first, tail, BLOCK_V):
-            x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
+            x = load(row_ptr + start, R, THREADS, VEC)
             if MEAN_LOGIT:
                 logit_sum += own_sum(cap(x, logit_scale, softcap, HAS_SOFTCAP))
             # Two whole branches: one that only changed u would copy the tile in every iteration.
