@@ -12,11 +12,13 @@ from torch import Tensor
 # a row's sums would end elsewhere in another batch, and its log-probability would have other bits.
 SPLIT_V = 16384
 
-LN2 = tl.constexpr(0.6931471805599453)
-# The lowest peak. Finite, so that a tile of -inf logits never makes inf - inf, and far enough from
-# the end of float32 that the difference of two exponents cannot overflow; a power of 2, so that its
-# product with the scale of exponents is exact.
-LOWEST = tl.constexpr(-(2.0**100))
+# The lowest peak, and the lowest float32: finite, so that -inf logits never make inf - inf.
+LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))
+# The largest exponent. Rounding it errs by 32 at most, which a sum of exponentials bears; beyond it
+# neighbouring float32 logits are 64 apart, so that only those equal to the peak have a share.
+LARGEST_EXPONENT = tl.constexpr(2.0**30)
+# What mean_logit's sums are of: u times this, so that they never leave float32.
+MEAN_UNIT = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -121,22 +123,8 @@ def own_sum(x):
 
 
 @triton.jit
-def rounded_product(x, y):
-    # x * y, rounded whatever is added to it: the compiler fuses plain products into sums, and an
-    # exponent must not be relative to anything but the number that was subtracted from it.
-    return tl.fma(x, y, 0.0)
-
-
-@triton.jit
 def own_max(x):
     return tl.max(tl.max(x, 2), 0)
-
-
-@triton.jit
-def log1p(x):
-    # log(1 + x) for 0 <= x <= 1 in float64: dividing by (1 + x) - 1 undoes the rounding of 1 + x.
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit

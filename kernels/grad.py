@@ -1,10 +1,11 @@
 """Third stage: the gradient of the logits, one read and one write of each logit that is scored.
 
     d logp / d z[n, y] = 1 - p[n, y]        d logp / d z[n, j] = -p[n, j]    (j != y)
-    p[n, j] = share[n] * 2 ** (z[n, j] / ln 2 - reference[n])
+    p[n, j] = share[n] * 2 ** (u[n, j] * exponent_scale[n] - reference[n])
 
-times the token's coefficient and the slope of z in x. A row that is not scored is not read: it gets
-zeros.
+times the token's coefficient and the slope of z in x. The scale of exponents is slope / ln 2 but in
+rows of logits so large that only those equal to the peak have a share: see `combine`. A row that is
+not scored is not read: it gets zeros.
 """
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from ._tiles import (
     SPLIT_V,
     cap,
-    exponent_scale,
     from_own,
     load,
     load_tail,
@@ -65,6 +65,7 @@ def _grad_kernel(
     complement_ptr,  # (B * T,) float32
     reference_ptr,  # (B * T,) float32
     share_ptr,  # (B * T,) float32
+    exponent_scale_ptr,  # (B * T,) float32
     grad_logits_ptr,  # (B, T, W), W contiguous, out; may be logits itself
     stride_logits_b,
     stride_logits_t,
@@ -77,7 +78,6 @@ def _grad_kernel(
     num_columns,  # W
     num_splits,
     first_column,  # of these columns in the vocabulary
-    exponent_scale,
     slope,  # of z in u
     logit_scale,
     softcap,
@@ -111,7 +111,7 @@ def _grad_kernel(
         target_grad = coefficient * tl.load(complement_ptr + n)
         scaled_share = -coefficient * tl.load(share_ptr + n)
         reference = tl.load(reference_ptr + n)
-        exponent_scale = tl.cast(exponent_scale, tl.float32)
+        exponent_scale = tl.load(exponent_scale_ptr + n)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
             x = load(row_ptr + start, R, THREADS, VEC)
@@ -148,6 +148,7 @@ def grad(
     complement: Tensor,
     reference: Tensor,
     share: Tensor,
+    exponent_scale: Tensor,
     shift: bool,
     first_column: int,
     temperature: float,
@@ -175,6 +176,7 @@ def grad(
             complement,
             reference,
             share,
+            exponent_scale,
             out,
             *logits.stride()[:2],
             *grad_logps.stride(),
@@ -184,7 +186,6 @@ def grad(
             num_columns,
             splits,
             first_column,
-            exponent_scale(temperature, logit_scale, softcap),
             slope(temperature, logit_scale, softcap),
             logit_scale,
             softcap or 0.0,
