@@ -1,7 +1,8 @@
 """What two kernels share: the split, the scale of exponents, and device functions."""
 
 import contextlib
-import math
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +11,7 @@ from torch import Tensor
 
 # Columns of one split. A constant of the design and not a tuning knob: were it chosen by the batch,
 # a row's sums would end elsewhere in another batch, and its log-probability would have other bits.
-SPLIT_V = 16384
+SPLIT_V = tl.constexpr(16384)
 
 # The lowest peak, and the lowest float32: finite, so that -inf logits never make inf - inf.
 LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))
@@ -141,16 +142,6 @@ def starts_a_sequence(cu_seqlens_ptr, num_sequences, token):
     return tl.load(cu_seqlens_ptr + low).to(tl.int64) == token
 
 
-def slope(temperature: float, logit_scale: float, softcap: float | None) -> float:
-    """Slope of z in u."""
-    return (1.0 if softcap is not None else logit_scale) / temperature
-
-
-def exponent_scale(temperature: float, logit_scale: float, softcap: float | None) -> float:
-    """Slope of z / ln 2 in u: temperature, scale and the base of exp2 in one multiplication."""
-    return slope(temperature, logit_scale, softcap) / math.log(2.0)
-
-
 def vector_width(*tensors: Tensor) -> int:
     """Neighbouring elements of one access: 16 bytes of them if Triton can know that every row
     starts at such a boundary (its address and strides are multiples of 16), else 1."""
@@ -161,14 +152,24 @@ def vector_width(*tensors: Tensor) -> int:
     return 16 // tensors[0].element_size() if aligned else 1
 
 
-def warp_size() -> int:
+def warp_size(device: torch.device) -> int:
     """Threads of a warp: 32, or 64 of an AMD wavefront. Without a GPU (in the interpreter) 32."""
     try:
-        return int(triton.runtime.driver.active.get_current_target().warp_size)
+        return _warp_size(triton.runtime.driver.active, device)
     except RuntimeError:  # "0 active drivers"
         return 32
 
 
+@functools.cache
+def _warp_size(driver: Any, device: torch.device) -> int:
+    return int(driver.get_current_target().warp_size)
+
+
+_HERE = contextlib.nullcontext()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current device, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE

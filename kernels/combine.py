@@ -10,6 +10,7 @@ tokens in float64. Splits and tokens are added in a fixed order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._float32 import (
+    LN2,
     LN2_HIGH,
     LN2_LOW,
     LOG2_E,
-    LN2,
     exp2,
     log1p,
     rounded_product,
@@ -29,7 +30,7 @@ from ._float32 import (
     two_sum,
     whole_power_of_2,
 )
-from ._tiles import LARGEST_EXPONENT, LOWEST, MEAN_UNIT, exponent_scale, on_device, warp_size
+from ._tiles import LARGEST_EXPONENT, LOWEST, MEAN_UNIT, on_device, warp_size
 
 BLOCK_T = 64  # tokens of a program, one a thread
 BLOCK_K = 8  # splits that a program loads at a time
@@ -46,14 +47,19 @@ def _exponent_of(u, peak, scale):
 
 
 # One program per block of tokens n, one token a thread.
-@triton.jit(do_not_specialize=["num_tokens", "num_splits", "vocab_size"])
+@triton.jit(
+    do_not_specialize=["stride_sums_c", "stride_sums_k", "num_tokens", "num_splits", "vocab_size"]
+)
 def _combine_kernel(
     sums_ptr,  # (C, K, N) float32: peak, total, then what each stat asked for
     target_ptr,  # (N,) float32
     weights_ptr,  # (N,) float32, 0 where not scored
     logps_ptr,  # (N,) float32, out
-    softmax_ptr,  # (5, N) float32, out: what the gradient takes, and the rests of logps
+    rests_ptr,  # (N,) float32, out: of the rounding of logps
+    softmax_ptr,  # (4, N) float32, out: complement, reference, share and exponent_scale
     stats_ptr,  # (E, N) float32, out
+    stride_sums_c,
+    stride_sums_k,
     num_tokens,
     num_splits,
     vocab_size,
@@ -84,11 +90,11 @@ def _combine_kernel(
         square_sum = tl.zeros([BLOCK_T], tl.float32)  # of 4 ** exponent
         mean_logit = tl.zeros([BLOCK_T], tl.float32)
         earlier = tl.full([BLOCK_T], -float("inf"), tl.float32)
-        channel = num_splits.to(tl.int64) * num_tokens
+        channel = tl.cast(stride_sums_c, tl.int64)
         for first in range(0, num_splits, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)[:, None]
             mask = (k < num_splits) & scored[None, :]  # (BLOCK_K, BLOCK_T)
-            split_ptr = sums_ptr + k.to(tl.int64) * num_tokens + n[None, :]
+            split_ptr = sums_ptr + k * tl.cast(stride_sums_k, tl.int64) + n[None, :]
             peaks = tl.load(split_ptr, mask=mask, other=LOWEST)
             split_ptr += channel
             totals = tl.load(split_ptr, mask=mask, other=0.0)
@@ -140,6 +146,7 @@ def _combine_kernel(
         loss_rest += tl.where(others_lead, nats_rest, 0.0) + log1p_e_rest
         loss, loss_rest = two_sum(loss, loss_rest)
         tl.store(logps_ptr + n, tl.where(scored, -loss, 0.0), mask=inside)
+        tl.store(rests_ptr + n, -loss_rest, mask=scored)
 
         # The whole row, its target included, is what the gradient divides by: log2 of the total is
         # row_peak * scale + whole + part.
@@ -159,12 +166,14 @@ def _combine_kernel(
         is_flat = (above >= 1.0) & ~is_large
         reference = tl.where(is_flat, peak_exponent + above, peak_exponent)
         share, share_rest = two_sum((reference - peak_exponent) - whole, -(part + peak_rest))
+        is_nobody = (others == 0.0) & (target == -float("inf"))
+        share = tl.where(is_nobody, 0.0, exp2(share, share_rest))
+        reference = tl.where(is_nobody, 0.0, reference)
         token_ptr = softmax_ptr + n
         tl.store(token_ptr, tl.where(others_lead, 1.0, e) / (1.0 + e), mask=scored)
         tl.store(token_ptr + num_tokens, reference, mask=scored)
-        tl.store(token_ptr + 2 * num_tokens, exp2(share, share_rest), mask=scored)
+        tl.store(token_ptr + 2 * num_tokens, share, mask=scored)
         tl.store(token_ptr + 3 * num_tokens, row_scale, mask=scored)
-        tl.store(token_ptr + 4 * num_tokens, -loss_rest, mask=scored)
 
         stat_ptr = stats_ptr + n
         shrink, e_y = exp2(drop, drop_rest), exp2(y_drop, y_drop_rest)
@@ -231,67 +240,59 @@ def _sequences_kernel(
 
 
 def combine(
-    partials: Tensor,
-    target: Tensor,
-    weights: Tensor,
+    partials: Any,  # a Partials
     cu_seqlens: Tensor | None,
     reduction: str,
     vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scaling: Any,  # a Scaling
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return float32 values and lengths (S,), logps (B, T), what `grad` takes of each token
-    (complement, reference, share and scale of exponents, (B * T,) each), and stats (E, B, T).
+    out: Any,  # a Combined
+) -> None:
+    """Write float32 values and lengths (S,), logps (B, T), what `grad` takes of each token, and
+    stats (E, B, T).
 
     With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
     0.
     """
-    batch, seq_len = weights.shape
-    num_tokens = batch * seq_len
-    num_sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    if reduction == "none":
-        num_sequences = 0
-    values = weights.new_empty(num_sequences)
-    lengths = weights.new_empty(num_sequences)
-    logps = torch.empty_like(weights)
-    softmax = weights.new_empty((5, num_tokens))
-    token_stats = weights.new_empty((len(stats), *weights.shape))
-    complement, reference, share, scale, rests = softmax.unbind()
+    sums, target, weights = partials
+    seq_len = weights.shape[1]
+    num_tokens, num_sequences = weights.numel(), out.values.shape[0]
+    threads = warp_size(weights.device)
+    rests = torch.empty_like(target)
     with on_device(weights):
         if num_tokens > 0:
             _combine_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
-                partials,
+                sums,
                 target,
                 weights,
-                logps,
-                softmax,
-                token_stats,
+                out.logps,
+                rests,
+                out.softmax,
+                out.stats,
+                *sums.stride()[:2],
                 num_tokens,
-                partials.shape[1],
+                sums.shape[1],
                 vocab_size,
-                exponent_scale(temperature, logit_scale, softcap),
+                scaling.exponent_scale,
                 ENTROPY="entropy" in stats,
                 MEAN_LOGIT="mean_logit" in stats,
                 TOP1="top1" in stats,
                 LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
                 BLOCK_T=BLOCK_T,
                 BLOCK_K=BLOCK_K,
-                num_warps=BLOCK_T // warp_size(),
+                num_warps=BLOCK_T // threads,
             )
         if num_sequences > 0:
             _sequences_kernel[(num_sequences,)](
-                logps,
+                out.logps,
                 rests,
                 weights,
                 None if cu_seqlens is None else cu_seqlens.contiguous(),
-                values,
-                lengths,
+                out.values,
+                out.lengths,
                 num_tokens,
                 seq_len,
                 MEAN=reduction == "mean",
                 BLOCK_S=BLOCK_S,
-                num_warps=256 // warp_size(),
+                num_warps=256 // threads,
             )
-    return values, lengths, logps, complement, reference, share, scale, token_stats

@@ -8,6 +8,8 @@ rows of logits so large that only those equal to the peak have a share: see `com
 not scored is not read: it gets zeros.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,12 +23,12 @@ from ._tiles import (
     load_tail,
     on_device,
     own_columns,
-    slope,
     store,
     store_tail,
     vector_width,
     warp_size,
 )
+from .partials import num_splits
 
 
 @triton.jit
@@ -53,8 +55,8 @@ def _logits_grad(
 # One program per logits row and split. Row n holds the scores of token n + SHIFT.
 @triton.jit(
     do_not_specialize=[
-        "stride_grad_logps_b", "stride_grad_logps_t",
-        "num_tokens", "seq_len", "num_columns", "num_splits", "first_column",
+        "stride_grad_logps_b", "stride_grad_logps_t", "stride_softmax",
+        "seq_len", "num_columns", "first_column",
     ]
 )  # fmt: skip
 def _grad_kernel(
@@ -62,10 +64,7 @@ def _grad_kernel(
     labels_ptr,  # (B * T,) int32 or int64
     weights_ptr,  # (B * T,) float32, 0 where not scored
     grad_logps_ptr,  # (B, T) float32, any strides
-    complement_ptr,  # (B * T,) float32
-    reference_ptr,  # (B * T,) float32
-    share_ptr,  # (B * T,) float32
-    exponent_scale_ptr,  # (B * T,) float32
+    softmax_ptr,  # (4, B * T) float32: complement, reference, share and exponent_scale
     grad_logits_ptr,  # (B, T, W), W contiguous, out; may be logits itself
     stride_logits_b,
     stride_logits_t,
@@ -73,22 +72,22 @@ def _grad_kernel(
     stride_grad_logps_t,
     stride_grad_logits_b,
     stride_grad_logits_t,
-    num_tokens,
+    stride_softmax,
     seq_len,
     num_columns,  # W
-    num_splits,
     first_column,  # of these columns in the vocabulary
     slope,  # of z in u
     logit_scale,
     softcap,
     SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SPLIT_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
 ):
     dtype = grad_logits_ptr.dtype.element_ty
+    num_splits = tl.cdiv(num_columns, SPLIT_V)
+    num_tokens = tl.num_programs(0) // num_splits
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     n = row + SHIFT  # past a sequence's end it is the next one's first token, which has no weight
     b = row // seq_len
@@ -108,10 +107,11 @@ def _grad_kernel(
         upstream_ptr = grad_logps_ptr + n // seq_len * stride_grad_logps_b
         upstream = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32)
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
-        target_grad = coefficient * tl.load(complement_ptr + n)
-        scaled_share = -coefficient * tl.load(share_ptr + n)
-        reference = tl.load(reference_ptr + n)
-        exponent_scale = tl.load(exponent_scale_ptr + n)
+        softmax_ptr += n
+        target_grad = coefficient * tl.load(softmax_ptr)
+        reference = tl.load(softmax_ptr + stride_softmax)
+        scaled_share = -coefficient * tl.load(softmax_ptr + 2 * stride_softmax)
+        exponent_scale = tl.load(softmax_ptr + 3 * stride_softmax)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
             x = load(row_ptr + start, R, THREADS, VEC)
@@ -143,56 +143,46 @@ def _grad_kernel(
 def grad(
     grad_logps: Tensor,
     logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    complement: Tensor,
-    reference: Tensor,
-    share: Tensor,
-    exponent_scale: Tensor,
-    shift: bool,
-    first_column: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scored: Any,  # a Scored
+    softmax: Tensor,
+    columns: Any,  # a Columns
+    scaling: Any,  # a Scaling
     out: Tensor | None,
 ) -> Tensor:
     """Return the gradient of logits, (B, T, W) in their dtype, in `out` if given, which may be
-    logits. They are the W columns from first_column on of the vocabulary.
+    logits. They are the W columns from `columns.first` on of the vocabulary.
 
-    grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is.
+    grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is. softmax is
+    (4, B * T), a RowSoftmax, its rows as far apart as one likes.
     """
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    batch, seq_len, num_columns = logits.shape
-    splits = triton.cdiv(num_columns, SPLIT_V)
     if out.numel() == 0:
         return out
+    labels, weights, shift = scored
+    batch, seq_len, num_columns = logits.shape
+    has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _grad_kernel[(batch * seq_len * splits,)](
+        _grad_kernel[(batch * seq_len * num_splits(num_columns),)](
             logits,
             labels.contiguous(),
             weights,
             grad_logps,
-            complement,
-            reference,
-            share,
-            exponent_scale,
+            softmax,
             out,
             *logits.stride()[:2],
             *grad_logps.stride(),
             *out.stride()[:2],
-            batch * seq_len,
+            softmax.stride(0),
             seq_len,
             num_columns,
-            splits,
-            first_column,
-            slope(temperature, logit_scale, softcap),
-            logit_scale,
-            softcap or 0.0,
+            columns.first,
+            scaling.slope,
+            scaling.logit_scale,
+            scaling.softcap or 0.0,
             SHIFT=shift,
-            HAS_SOFTCAP=softcap is not None,
-            SPLIT_V=SPLIT_V,
-            **launch_config(logits, out, softcap is not None),
+            HAS_SOFTCAP=has_softcap,
+            **launch_config(logits, out, has_softcap),
         )
     return out
 
@@ -204,4 +194,4 @@ def launch_config(logits: Tensor, out: Tensor, has_softcap: bool) -> dict[str, i
     gradient take registers.
     """
     block, vec = 512 if has_softcap else 1024, vector_width(logits, out)
-    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size())
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))

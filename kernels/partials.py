@@ -9,13 +9,13 @@ The target y stays out of the sum: z[n, y] - logsumexp(z[n]) is 0, with a gradie
 target leads by 17 nats in float32; the sum of the others keeps its precision at any margin.
 
 An exponent slope * (u - peak) / ln 2 is one multiply-add of u, relative to the rounded product of
-the peak. Its rounding is known and undone, up to LARGEST_EXPONENT; beyond that float32 logits are so
-far apart that the total is the number of logits that equal the peak.
+the peak. Its rounding is known and undone, up to LARGEST_EXPONENT; beyond that float32 logits are
+so far apart that the total is the number of logits that equal the peak.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +27,6 @@ from ._tiles import (
     MEAN_UNIT,
     SPLIT_V,
     cap,
-    exponent_scale,
     from_own,
     load,
     load_tail,
@@ -154,8 +153,8 @@ def _peak_and_ties(
 # its weight. Sizes are not specialised: a batch of another shape compiles nothing.
 @triton.jit(
     do_not_specialize=[
-        "num_tokens", "seq_len", "num_columns", "num_splits", "num_sequences", "ignore_index",
-        "first_column", "vocab_size",
+        "stride_sums_c", "stride_sums_k", "seq_len", "num_columns", "num_sequences",
+        "ignore_index", "first_column", "vocab_size",
     ]
 )  # fmt: skip
 def _partials_kernel(
@@ -163,15 +162,15 @@ def _partials_kernel(
     labels_ptr,  # (B, T) int32 or int64
     mask_ptr,  # (B, T) any dtype, or None
     cu_seqlens_ptr,  # (S + 1,) int32 or int64, or None
-    partials_ptr,  # (C, K, B * T) float32, out: peak, total, then what each stat asks for
-    target_ptr,  # (B * T,) float32, out: u of the target, -inf where it is not in these columns
+    sums_ptr,  # (C, K, B * T) float32, out: peak, total, then what each stat asks for
+    target_ptr,  # (B * T,) float32, out where it is in these columns: u of the target
     weights_ptr,  # (B, T) float32, out: 0 where a token is not scored
     stride_logits_b,
     stride_logits_t,
-    num_tokens,
+    stride_sums_c,
+    stride_sums_k,
     seq_len,
     num_columns,  # W
-    num_splits,
     num_sequences,
     ignore_index,
     first_column,  # the columns are these W of a vocabulary of vocab_size
@@ -180,30 +179,28 @@ def _partials_kernel(
     logit_scale,
     softcap,
     SHIFT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     MEAN_LOGIT: tl.constexpr,
     TOP1: tl.constexpr,
     LOG_SUM_SQ_PROBS: tl.constexpr,
-    SPLIT_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    num_splits = tl.cdiv(num_columns, SPLIT_V)
     split = tl.program_id(0) % num_splits
     n = (tl.program_id(0) // num_splits).to(tl.int64)  # B * T * V passes 2**31
     y = tl.load(labels_ptr + n).to(tl.int64)
     weight = 1.0
-    if HAS_MASK:
+    if mask_ptr is not None:
         weight = tl.load(mask_ptr + n).to(tl.float32)
     weight = tl.where(y == ignore_index, 0.0, weight)
-    if PACKED:  # what comes after the last sequence is padding
+    if cu_seqlens_ptr is not None:  # what comes after the last sequence is padding
         end = tl.load(cu_seqlens_ptr + num_sequences)
         weight = tl.where(n < end, weight, 0.0)
     if SHIFT:  # nothing predicts the first token of a sequence
-        if PACKED:
+        if cu_seqlens_ptr is not None:
             is_first = (n == 0) | starts_a_sequence(cu_seqlens_ptr, num_sequences, n)
         else:
             is_first = n % seq_len == 0
@@ -221,8 +218,8 @@ def _partials_kernel(
         if split == 0:
             x_y = tl.load(row_ptr + column, mask=is_here, other=0.0).to(tl.float32)
             u_y = cap(x_y, logit_scale, softcap, HAS_SOFTCAP)
-            elsewhere = tl.where(in_vocabulary, -float("inf"), float("nan"))
-            tl.store(target_ptr + n, tl.where(is_here, u_y, elsewhere))
+            u_y = tl.where(in_vocabulary, u_y, float("nan"))
+            tl.store(target_ptr + n, u_y, mask=is_here | ~in_vocabulary)
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
         TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
@@ -300,8 +297,8 @@ def _partials_kernel(
             )
             split_weighted = 0.0
             split_square_sum = split_total
-        out_ptr = partials_ptr + split * num_tokens + n
-        channel = (tl.num_programs(0)).to(tl.int64)  # K * B * T: from one channel to the next
+        out_ptr = sums_ptr + split * stride_sums_k + n
+        channel = tl.cast(stride_sums_c, tl.int64)
         tl.store(out_ptr, split_peak)
         tl.store(out_ptr + channel, split_total)
         out_ptr += 2 * channel
@@ -320,72 +317,57 @@ def _partials_kernel(
 
 def num_splits(num_columns: int) -> int:
     """Entries of the partials for each token."""
-    return (num_columns + SPLIT_V - 1) // SPLIT_V
+    return (num_columns + SPLIT_V.value - 1) // SPLIT_V.value
 
 
 def partials(
     logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    first_column: int,
-    vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    tokens: Any,  # a Tokens
+    columns: Any,  # a Columns
+    scaling: Any,  # a Scaling
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return float32 partials (C, K, B * T), target (B * T,) and weights (B, T).
+    out: Any,  # a Partials
+) -> None:
+    """Write the partials of float32: sums (C, K, B * T), target (B * T,) and weights (B, T).
 
-    logits are the columns from first_column on of a vocabulary of vocab_size: all of them, or some,
-    and then the partials of others have their place beside these, and the target is -inf where
-    others have it. C is 2 (peak, total) and one more for each of `stats`; K the splits of SPLIT_V
-    columns. What belongs to a token that is not scored is left unwritten, but for its weight, 0.
+    logits (B, T, W) are some columns of a vocabulary; what they have beyond `columns.width` is
+    padding. The partials of other columns have their place beside these. C is 2 (peak, total) and
+    one more for each of `stats`; K the splits of SPLIT_V columns. The sums of `out` may have any
+    strides but for tokens. A target is written where it is in these columns, and NaN where its
+    label is outside of the vocabulary. Of a token that is not scored only the weight, 0, is
+    written; none is after the end of cu_seqlens.
     """
-    batch, seq_len, num_columns = logits.shape
-    num_tokens = batch * seq_len
-    splits = num_splits(num_columns)
-    weights = torch.empty((batch, seq_len), dtype=torch.float32, device=logits.device)
-    target = weights.new_empty(num_tokens)
-    partials = weights.new_empty((2 + len(stats), splits, num_tokens))
+    labels, mask, cu_seqlens, shift, ignore_index = tokens
+    num_tokens = labels.numel()
     if num_tokens == 0:
-        return partials, target, weights
+        return
+    has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _partials_kernel[(num_tokens * splits,)](
+        _partials_kernel[(num_tokens * num_splits(columns.width),)](
             logits,
             labels.contiguous(),
             None if mask is None else mask.contiguous(),
             None if cu_seqlens is None else cu_seqlens.contiguous(),
-            partials,
-            target,
-            weights,
-            logits.stride(0),
-            logits.stride(1),
-            num_tokens,
-            seq_len,
-            num_columns,
-            splits,
-            0 if cu_seqlens is None else cu_seqlens.numel() - 1,
+            *out,
+            *logits.stride()[:2],
+            *out.sums.stride()[:2],
+            labels.shape[1],
+            columns.width,
+            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             ignore_index,
-            first_column,
-            vocab_size,
-            exponent_scale(temperature, logit_scale, softcap),
-            logit_scale,
-            softcap or 0.0,
+            columns.first,
+            columns.vocab_size,
+            scaling.exponent_scale,
+            scaling.logit_scale,
+            scaling.softcap or 0.0,
             SHIFT=shift,
-            HAS_MASK=mask is not None,
-            PACKED=cu_seqlens is not None,
-            HAS_SOFTCAP=softcap is not None,
+            HAS_SOFTCAP=has_softcap,
             ENTROPY="entropy" in stats,
             MEAN_LOGIT="mean_logit" in stats,
             TOP1="top1" in stats,
             LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
-            SPLIT_V=SPLIT_V,
-            **launch_config(logits, has_softcap=softcap is not None),
+            **launch_config(logits, has_softcap),
         )
-    return partials, target, weights
 
 
 def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
@@ -398,4 +380,4 @@ def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
     """
     vec = vector_width(logits)
     block = 512 if has_softcap else 2048 if vec == 8 else 1024
-    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size())
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))
