@@ -5,8 +5,8 @@
     value   = sum of weight * logp over the sequence, over the sum of weights for the mean
 
 The first kernel is over tokens, in float32 that keeps the rest of a rounding where digits would go
-(`_float32`): a card for games has little float64. The second is over sequences, and adds their
-tokens in float64. Splits and tokens are added in a fixed order.
+(`_float32`): a card for games has little float64. The second is over sequences. Splits and tokens
+are added in a fixed order, a sequence's from its first token on.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,10 @@ from ._tiles import LARGEST_EXPONENT, LOWEST, MEAN_UNIT, on_device, warp_size
 
 BLOCK_T = 64  # tokens of a program, one a thread
 BLOCK_K = 8  # splits that a program loads at a time
-# Tokens of a sequence that are added at a time. A constant, like the width of a split: it fixes the
-# order of the sums.
-BLOCK_S = 2048
+# Sums of a sequence that are kept apart, one a thread, and the tokens that each takes at a time.
+# Constants, like the width of a split: they fix the order of the sums.
+LANES = 128
+UNROLL = 8
 
 
 @triton.jit
@@ -210,7 +211,8 @@ def _sequences_kernel(
     num_tokens,
     seq_len,
     MEAN: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is not None:
@@ -219,24 +221,31 @@ def _sequences_kernel(
     else:
         first = s * seq_len
         bound = first + seq_len
-    total = tl.zeros([BLOCK_S], tl.float64)
-    length = tl.zeros([BLOCK_S], tl.float64)
-    num_scored = tl.zeros([BLOCK_S], tl.int32)
-    for start in range(first, bound, BLOCK_S):
-        n = start + tl.arange(0, BLOCK_S)
-        weight = tl.load(weights_ptr + n, mask=n < bound, other=0.0)
-        scored = weight != 0.0
-        logp = tl.load(logps_ptr + n, mask=scored, other=0.0).to(tl.float64)
-        logp += tl.load(rests_ptr + n, mask=scored, other=0.0)
-        total += tl.where(scored, logp * weight, 0.0)
-        length += weight
-        num_scored += scored.to(tl.int32)
-    value = tl.sum(total)
-    length = tl.sum(length)
+    # Each lane keeps a sum and its rest; lanes are added in float64, of which that is all.
+    total = tl.zeros([LANES], tl.float32)
+    total_rest = tl.zeros([LANES], tl.float32)
+    length = tl.zeros([LANES], tl.float32)
+    length_rest = tl.zeros([LANES], tl.float32)
+    num_scored = tl.zeros([LANES], tl.int32)
+    for start in range(first, bound, UNROLL * LANES):
+        for i in tl.static_range(UNROLL):  # their loads do not wait for each other
+            n = start + i * LANES + tl.arange(0, LANES)
+            weight = tl.load(weights_ptr + n, mask=n < bound, other=0.0)
+            scored = weight != 0.0
+            logp = tl.load(logps_ptr + n, mask=scored, other=0.0)
+            logp_rest = tl.load(rests_ptr + n, mask=scored, other=0.0)
+            share, share_rest = two_product(weight, logp)
+            total, rest = two_sum(total, share)
+            total_rest += rest + share_rest + weight * logp_rest
+            length, rest = two_sum(length, weight)
+            length_rest += rest
+            num_scored += scored.to(tl.int32)
+    value = tl.sum(total.to(tl.float64)) + tl.sum(total_rest)
+    weight_sum = tl.sum(length.to(tl.float64)) + tl.sum(length_rest)
     if MEAN:
-        value = value / tl.where(tl.sum(num_scored) > 0, length, 1.0)
+        value = value / tl.where(tl.sum(num_scored) > 0, weight_sum, 1.0)
     tl.store(values_ptr + s, value.to(tl.float32))
-    tl.store(lengths_ptr + s, length.to(tl.float32))
+    tl.store(lengths_ptr + s, weight_sum.to(tl.float32))
 
 
 def combine(
@@ -293,6 +302,7 @@ def combine(
                 num_tokens,
                 seq_len,
                 MEAN=reduction == "mean",
-                BLOCK_S=BLOCK_S,
-                num_warps=256 // threads,
+                LANES=LANES,
+                UNROLL=UNROLL,
+                num_warps=LANES // threads,
             )

@@ -56,7 +56,7 @@ def _logits_grad(
 @triton.jit(
     do_not_specialize=[
         "stride_grad_logps_b", "stride_grad_logps_t", "stride_softmax",
-        "seq_len", "num_columns", "first_column",
+        "num_tokens", "seq_len", "num_columns", "num_splits", "first_column",
     ]
 )  # fmt: skip
 def _grad_kernel(
@@ -73,8 +73,10 @@ def _grad_kernel(
     stride_grad_logits_b,
     stride_grad_logits_t,
     stride_softmax,
+    num_tokens,
     seq_len,
     num_columns,  # W
+    num_splits,
     first_column,  # of these columns in the vocabulary
     slope,  # of z in u
     logit_scale,
@@ -86,8 +88,6 @@ def _grad_kernel(
     VEC: tl.constexpr,
 ):
     dtype = grad_logits_ptr.dtype.element_ty
-    num_splits = tl.cdiv(num_columns, SPLIT_V)
-    num_tokens = tl.num_programs(0) // num_splits
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     n = row + SHIFT  # past a sequence's end it is the next one's first token, which has no weight
     b = row // seq_len
@@ -109,9 +109,11 @@ def _grad_kernel(
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
         softmax_ptr += n
         target_grad = coefficient * tl.load(softmax_ptr)
-        reference = tl.load(softmax_ptr + stride_softmax)
-        scaled_share = -coefficient * tl.load(softmax_ptr + 2 * stride_softmax)
-        exponent_scale = tl.load(softmax_ptr + 3 * stride_softmax)
+        softmax_ptr += stride_softmax
+        reference = tl.load(softmax_ptr)
+        softmax_ptr += stride_softmax
+        scaled_share = -coefficient * tl.load(softmax_ptr)
+        exponent_scale = tl.load(softmax_ptr + stride_softmax)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
             x = load(row_ptr + start, R, THREADS, VEC)
@@ -161,9 +163,10 @@ def grad(
         return out
     labels, weights, shift = scored
     batch, seq_len, num_columns = logits.shape
+    num_tokens, splits = batch * seq_len, num_splits(num_columns)
     has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _grad_kernel[(batch * seq_len * num_splits(num_columns),)](
+        _grad_kernel[(num_tokens * splits,)](
             logits,
             labels.contiguous(),
             weights,
@@ -174,8 +177,10 @@ def grad(
             *grad_logps.stride(),
             *out.stride()[:2],
             softmax.stride(0),
+            num_tokens,
             seq_len,
             num_columns,
+            splits,
             columns.first,
             scaling.slope,
             scaling.logit_scale,

@@ -153,7 +153,7 @@ def _peak_and_ties(
 # its weight. Sizes are not specialised: a batch of another shape compiles nothing.
 @triton.jit(
     do_not_specialize=[
-        "stride_sums_c", "stride_sums_k", "seq_len", "num_columns", "num_sequences",
+        "stride_sums_c", "stride_sums_k", "seq_len", "num_columns", "num_splits", "num_sequences",
         "ignore_index", "first_column", "vocab_size",
     ]
 )  # fmt: skip
@@ -171,6 +171,7 @@ def _partials_kernel(
     stride_sums_k,
     seq_len,
     num_columns,  # W
+    num_splits,
     num_sequences,
     ignore_index,
     first_column,  # the columns are these W of a vocabulary of vocab_size
@@ -188,7 +189,6 @@ def _partials_kernel(
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    num_splits = tl.cdiv(num_columns, SPLIT_V)
     split = tl.program_id(0) % num_splits
     n = (tl.program_id(0) // num_splits).to(tl.int64)  # B * T * V passes 2**31
     y = tl.load(labels_ptr + n).to(tl.int64)
@@ -341,9 +341,10 @@ def partials(
     num_tokens = labels.numel()
     if num_tokens == 0:
         return
+    splits = num_splits(columns.width)
     has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _partials_kernel[(num_tokens * num_splits(columns.width),)](
+        _partials_kernel[(num_tokens * splits,)](
             logits,
             labels.contiguous(),
             None if mask is None else mask.contiguous(),
@@ -353,6 +354,7 @@ def partials(
             *out.sums.stride()[:2],
             labels.shape[1],
             columns.width,
+            splits,
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             ignore_index,
             columns.first,
