@@ -1,10 +1,11 @@
 """Third stage: the gradient of the logits, one read and one write of each logit that is scored.
 
     d logp / d z[n, y] = 1 - p[n, y]        d logp / d z[n, j] = -p[n, j]    (j != y)
-    p[n, j] = share[n] * 2 ** (z[n, j] / ln 2 - reference[n])
+    p[n, j] = share[n] * 2 ** (u[n, j] * exponent_scale[n] - reference[n])
 
-times the token's coefficient and the slope of z in x. A row that is not scored is not read: it gets
-zeros.
+times the token's coefficient and the slope of z in x. The scale of exponents is slope / ln 2 but in
+rows of logits so large that only those equal to the peak have a share: see `combine`. A row that is
+not scored is not read: it gets zeros.
 """
 
 from typing import Any
@@ -17,15 +18,17 @@ from torch import Tensor
 from ._tiles import (
     SPLIT_V,
     cap,
-    columns,
     from_own,
+    load,
     load_tail,
     on_device,
     own_columns,
+    store,
     store_tail,
     vector_width,
     warp_size,
 )
+from .partials import num_splits
 
 
 @triton.jit
@@ -52,8 +55,8 @@ def _logits_grad(
 # One program per logits row and split. Row n holds the scores of token n + SHIFT.
 @triton.jit(
     do_not_specialize=[
-        "stride_grad_logps_b", "stride_grad_logps_t",
-        "num_tokens", "seq_len", "num_columns", "num_splits", "first_column", "stride_softmax",
+        "stride_grad_logps_b", "stride_grad_logps_t", "stride_softmax",
+        "num_tokens", "seq_len", "num_columns", "num_splits", "first_column",
     ]
 )  # fmt: skip
 def _grad_kernel(
@@ -80,7 +83,6 @@ def _grad_kernel(
     softcap,
     SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SPLIT_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
@@ -107,21 +109,22 @@ def _grad_kernel(
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
         softmax_ptr += n
         target_grad = coefficient * tl.load(softmax_ptr)
-        reference = tl.load(softmax_ptr + stride_softmax)
-        scaled_share = -coefficient * tl.load(softmax_ptr + 2 * stride_softmax)
-        exponent_scale = tl.load(softmax_ptr + 3 * stride_softmax)
+        softmax_ptr += stride_softmax
+        reference = tl.load(softmax_ptr)
+        softmax_ptr += stride_softmax
+        scaled_share = -coefficient * tl.load(softmax_ptr)
+        exponent_scale = tl.load(softmax_ptr + stride_softmax)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
-            x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
+            x = load(row_ptr + start, R, THREADS, VEC)
             d, chain = _logits_grad(
                 x, scaled_share, reference, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
             )
-            d_ptr = out_ptr + start + columns(R, THREADS, VEC)
             if (y >= start) & (y < start + BLOCK_V):
                 is_target = own == from_own(y - start, THREADS, VEC)
-                tl.store(d_ptr, tl.where(is_target, target_grad * chain, d).to(dtype))
+                store(out_ptr + start, tl.where(is_target, target_grad * chain, d))
             else:
-                tl.store(d_ptr, d.to(dtype))
+                store(out_ptr + start, d)
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
             x = load_tail(row_ptr + start, bound - start, 0.0, TAIL_R, THREADS, VEC)
             d, chain = _logits_grad(
@@ -129,14 +132,14 @@ def _grad_kernel(
             )
             is_target = own_columns(TAIL_R, THREADS, VEC) == from_own(y - start, THREADS, VEC)
             d = tl.where(is_target, target_grad * chain, d)
-            store_tail(out_ptr + start, d.to(dtype), bound - start, TAIL_R, THREADS, VEC)
+            store_tail(out_ptr + start, d, bound - start)
     else:
         zeros = tl.zeros([R, THREADS, VEC], dtype)
         for start in range(first, tail, BLOCK_V):
-            tl.store(out_ptr + start + columns(R, THREADS, VEC), zeros)
+            store(out_ptr + start, zeros)
         few = tl.zeros([TAIL_R, THREADS, VEC], dtype)
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
-            store_tail(out_ptr + start, few, bound - start, TAIL_R, THREADS, VEC)
+            store_tail(out_ptr + start, few, bound - start)
 
 
 def grad(
@@ -156,13 +159,14 @@ def grad(
     """
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    labels, weights, shift = scored
-    batch, seq_len, num_columns = logits.shape
-    splits = triton.cdiv(num_columns, SPLIT_V)
     if out.numel() == 0:
         return out
+    labels, weights, shift = scored
+    batch, seq_len, num_columns = logits.shape
+    num_tokens, splits = batch * seq_len, num_splits(num_columns)
+    has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _grad_kernel[(batch * seq_len * splits,)](
+        _grad_kernel[(num_tokens * splits,)](
             logits,
             labels.contiguous(),
             weights,
@@ -173,7 +177,7 @@ def grad(
             *grad_logps.stride(),
             *out.stride()[:2],
             softmax.stride(0),
-            batch * seq_len,
+            num_tokens,
             seq_len,
             num_columns,
             splits,
@@ -182,9 +186,8 @@ def grad(
             scaling.logit_scale,
             scaling.softcap or 0.0,
             SHIFT=shift,
-            HAS_SOFTCAP=scaling.softcap is not None,
-            SPLIT_V=SPLIT_V,
-            **launch_config(logits, out, scaling.softcap is not None),
+            HAS_SOFTCAP=has_softcap,
+            **launch_config(logits, out, has_softcap),
         )
     return out
 
@@ -196,4 +199,4 @@ def launch_config(logits: Tensor, out: Tensor, has_softcap: bool) -> dict[str, i
     gradient take registers.
     """
     block, vec = 512 if has_softcap else 1024, vector_width(logits, out)
-    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size())
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))
