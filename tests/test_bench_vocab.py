@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -142,7 +143,9 @@ def test_peak_counts_what_a_call_holds(bench):
     peak = bench.measure.peak_mib(lambda: torch.ones(2**24), torch.device("cpu"))
     if peak is None:
         pytest.skip("no peak resident size here")
-    assert 63.5 <= peak <= 65
+    # Linux counts resident pages by core, and adds up at every 32 of them.
+    uncounted = max(0.5, 32 * 4096 * (os.cpu_count() or 1) / 2**20)
+    assert 64 - uncounted <= peak <= 65
 
 
 def test_times_restore_before_each_sample(bench):
@@ -175,7 +178,8 @@ def test_missing_extra_is_named(bench, monkeypatch):
 
 
 def test_a_partial_run_does_not_replace_the_whole_one(bench):
-    whole, plot = bench.output_paths(bench.parse_args([]), "AMD EPYC, 2 threads")
+    on_cpu = ["--device", "cpu"]
+    whole, plot = bench.output_paths(bench.parse_args(on_cpu), "AMD EPYC, 2 threads")
     assert (whole.name, plot.name) == ("amd-epyc-2-threads.csv", "amd-epyc-2-threads.png")
-    quick, _ = bench.output_paths(bench.parse_args(["--quick"]), "AMD EPYC, 2 threads")
+    quick, _ = bench.output_paths(bench.parse_args([*on_cpu, "--quick"]), "AMD EPYC, 2 threads")
     assert quick.name == "amd-epyc-2-threads.local.csv"

@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("trl")
-pytest.importorskip("peft")
+for name in ("trl", "peft", "datasets"):  # trl itself imports without the last
+    pytest.importorskip(name)
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import trl
