@@ -269,9 +269,7 @@ def out_of_vocabulary_case(device: torch.device) -> dict[str, Any] | None:
     return failing(lambda: dpo_triton.fused_seq_logprob(own, labels, mask, vocab_shard=shard))
 
 
-def failing_stage_case(
-    device: torch.device, stage: str, wrong_rank: int
-) -> dict[str, Any] | None:
+def failing_stage_case(device: torch.device, stage: str, wrong_rank: int) -> dict[str, Any] | None:
     """A rank runs out of memory in the middle of a pass over a head."""
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden, weight, _, labels, mask = head(3, 4, 8, 5 * size, torch.float32, device)
@@ -321,7 +319,9 @@ def missing_rank_case(
 
 def create_graph_case(device: torch.device) -> dict[str, Any] | None:
     shard = shard_of([8 * r for r in range(dist.get_world_size() + 1)])
-    hidden, weight, _, labels, mask = head(3, 4, 8, 8 * dist.get_world_size(), torch.float32, device)
+    hidden, weight, _, labels, mask = head(
+        3, 4, 8, 8 * dist.get_world_size(), torch.float32, device
+    )
     own = weight[shard.start : shard.stop]
     value = dpo_triton.fused_linear_seq_logprob(
         hidden.requires_grad_(), own, labels, mask, vocab_shard=shard

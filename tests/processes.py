@@ -23,7 +23,10 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> 
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run, (function, world_size, folder, args), nprocs=world_size)
-        return [torch.load(Path(folder) / f"{rank}.pt", map_location="cpu") for rank in range(world_size)]
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", map_location="cpu")
+            for rank in range(world_size)
+        ]
 
 
 def _run(

@@ -89,9 +89,7 @@ HEADS = {
         logit_scale=1.5,
         temperature=0.8,
     ),
-    "float64": dict(
-        shape=SMALL_HEAD, dtype=torch.float64, bounds=SMALL_BOUNDS, backend="torch"
-    ),
+    "float64": dict(shape=SMALL_HEAD, dtype=torch.float64, bounds=SMALL_BOUNDS, backend="torch"),
     "autocast": dict(
         shape=SMALL_HEAD, dtype=torch.float32, bounds=SMALL_BOUNDS, under_autocast=True
     ),
@@ -123,7 +121,9 @@ def seed(request: pytest.FixtureRequest) -> int:
 def results(seed: int, device: torch.device) -> list[dict[str, Any]]:
     """By rank, what each case returned there. Processes are started once. The benchmark's own case
     is about bytes, and is on the CPU."""
-    every = {f"logits, {name}": Case(cases.logits_case, dict(case)) for name, case in LOGITS.items()}
+    every = {
+        f"logits, {name}": Case(cases.logits_case, dict(case)) for name, case in LOGITS.items()
+    }
     for name, case in HEADS.items():
         for is_trained in (True, False):
             options = {**case, "is_trained": is_trained}

@@ -214,9 +214,7 @@ def test_data_parallel_head(results, seed, name, device):
     reference.seq_logprob(F.linear(hidden.double(), exact), labels, mask).sum().backward()
     rough = weight.clone().requires_grad_()
     reference.seq_logprob(F.linear(hidden, rough), labels, mask).sum().backward()
-    values = fused_linear_seq_logprob(
-        *(x.to(device) for x in (hidden, weight, labels, mask))
-    ).cpu()
+    values = fused_linear_seq_logprob(*(x.to(device) for x in (hidden, weight, labels, mask))).cpu()
     assert torch.allclose(torch.cat([rank["value"] for rank in ranks]), values, rtol=1e-6)
     for rank in ranks:
         assert_within_budget(rank["weight_grad"], rough.grad / SIZE, exact.grad / SIZE, name)

@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-for name in ("trl", "peft", "datasets"):  # trl itself imports without the last
-    pytest.importorskip(name)
+pytest.importorskip("trl")
+pytest.importorskip("datasets")  # trl itself imports without it
+pytest.importorskip("peft")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import trl
