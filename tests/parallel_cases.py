@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from parallel_ways import Sent
 from torch import Tensor
 
 import dpo_triton
+from benchmarks.common.measure import map_buffers, peak_mib
+from benchmarks.parallel.ways import Sent
 from dpo_triton import VocabShard, _head
 
 
@@ -333,8 +334,6 @@ def peak_case(
     device: torch.device, shape: tuple[int, int, int, int], kind: str, is_sharded: bool
 ) -> float | None:
     """MiB above the inputs in a forward and a backward pass, on bfloat16."""
-    from measure import map_buffers, peak_mib
-
     if not is_sharded and dist.get_rank() > 0:
         return 0.0
     batch, seq_len, hidden_size, vocab_size = shape

@@ -6,10 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-import gpu_check
 import pytest
 import torch
-from gpu_check import Machine, Step
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Machine, Step
 
 H100 = Machine("NVIDIA H100 80GB HBM3", 79.2, 16)
 
@@ -70,13 +71,14 @@ def is_running(pid: int) -> bool:
 def test_a_run_that_is_stopped_leaves_what_was_done(tmp_path):
     """The folder's summary says what was running, and a kill ends that."""
     program = (
-        "import gpu_check, pathlib, signal, sys; from gpu_check import Step; "
+        "import pathlib, signal, sys; from benchmarks import gpu_check; "
+        "from benchmarks.gpu_check import Step; "
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); "
         "steps = [Step('first', [sys.executable, '-c', 'print(7)'], 1.0), "
         "Step('second', [sys.executable, '-c', 'import time; time.sleep(60)'], 1.0)]; "
         f"gpu_check.run_all(steps, pathlib.Path({str(tmp_path)!r}), 100, 'title')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(gpu_check.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(gpu_check.ROOT)}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment)
     summary = tmp_path / "summary.txt"
     deadline = time.monotonic() + 60

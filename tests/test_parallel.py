@@ -4,8 +4,6 @@ import importlib.util
 from typing import Any
 
 import parallel_cases as cases
-import parallel_model
-import parallel_ways as ways
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,14 +12,16 @@ from parallel_cases import Case, of_ranks
 from processes import run_processes
 from torch import Tensor
 
+from benchmarks.common.peers import OURS
+from benchmarks.parallel import model, ways
 from dpo_triton import (
     VocabShard,
-    _head,
     fused_linear_seq_logprob,
     fused_seq_logprob,
     reference,
 )
 from dpo_triton._backends import resolve_backend
+from dpo_triton._head import TILE_V, num_splits
 
 SIZE = 4
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -95,7 +95,8 @@ HEADS = {
     ),
 }
 # Shards that end where tiles do.
-ALIGNED = dict(shape=(3, 6, 24, 3 * 4096 + 77), bounds=[0, 4096, 2 * 4096, 3 * 4096, 3 * 4096 + 77])
+ALIGNED_BOUNDS = [0, TILE_V, 2 * TILE_V, 3 * TILE_V, 3 * TILE_V + 77]
+ALIGNED = dict(shape=(3, 6, 24, ALIGNED_BOUNDS[-1]), bounds=ALIGNED_BOUNDS)
 MISMATCHES = [
     "shape", "labels", "mask", "dtype", "temperature", "stats", "overlap", "gap",
 ]  # fmt: skip
@@ -361,7 +362,7 @@ def test_bytes_for_hidden_states(results, seed, name, is_trained):
     num_scored, stats = int(mask.count_nonzero()), len(set(case.get("stats", ())) & set(STATS[2:]))
     word = 8 if case["dtype"] == torch.float64 else 4
     for rank, result in enumerate(of_ranks(results, f"head, {name}, {is_trained}")):
-        splits = _head.num_splits(width_of(case, rank))
+        splits = num_splits(width_of(case, rank))
         numbers = num_scored * ((2 + stats) * splits + 1) + 1
         assert result["sent"] == (1024, word * numbers, 0)
         assert result["sent_back"] == (1024, 0, word * num_scored * case["shape"][2])
@@ -373,15 +374,15 @@ def test_bytes_for_hidden_states(results, seed, name, is_trained):
 def test_the_benchmarks_model_has_the_bytes_that_are_sent(results, name):
     ranks = of_ranks(results, "benchmark")
     num_scored = ranks[0][name]["num_scored"]
-    step = parallel_model.Step(num_scored, BENCHMARK.hidden_size, BENCHMARK.vocab_size)
-    cost = parallel_model.cost(name, step, SIZE)
+    step = model.Step(num_scored, BENCHMARK.hidden_size, BENCHMARK.vocab_size)
+    cost = model.cost(name, step, SIZE)
     num_tokens = BENCHMARK.batch * BENCHMARK.seq_len
     for rank in ranks:
         assert torch.equal(rank[name]["values"], ranks[0][name]["values"])
         assert rank[name]["error"] < 0.05
         assert rank[name]["calls"] == cost.collectives
         sent, sent_back = rank[name]["forward"], rank[name]["backward"]
-        if name == ways.OURS:
+        if name == OURS:
             assert sent == cost.forward_bytes + (SIZE - 1) * 4  # a status
             assert sent_back == cost.backward_bytes
         else:  # they reduce the gradient of all hidden states

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from batches import fused, make_batch, value_and_grad
+
 from gpu_lab import codegen, driver
 from gpu_lab.driver import emulate
 

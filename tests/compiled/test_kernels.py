@@ -7,9 +7,9 @@ which also checks bounds, alignment, barriers and races (its own tests: test_emu
 import pytest
 import torch
 from batches import Batch, assert_within_budget, fused, make_batch, max_error, truth, value_and_grad
-from gpu_lab.driver import emulate
 
 from dpo_triton import reference
+from gpu_lab.driver import emulate
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton
+from benchmarks.common import token_logps
+from benchmarks.common.peers import OURS
+from benchmarks.common.token_logps import masked_mean
 from dpo_triton import VocabShard
 
-OURS, GATHERED, MEGATRON = "dpo_triton", "gathered logits", "three all-reduces"
+GATHERED, MEGATRON = "gathered logits", "three all-reduces"
 DESCRIPTIONS = {
     OURS: "fused_linear_seq_logprob(vocab_shard=...): partials gathered once, tiles of logits",
     GATHERED: "every rank gathers all logits, then log_softmax in float32",
@@ -113,10 +116,6 @@ def measure(batch: Batch, ways: list[str]) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _mean(logps: Tensor, mask: Tensor) -> Tensor:
-    return (logps * mask).sum(1) / mask.sum(1)
-
-
 class _ToAllRanks(torch.autograd.Function):
     """Hidden states that every rank has; their gradient is what all ranks say of them."""
 
@@ -188,8 +187,8 @@ def _gathered(
 ) -> Tensor:
     own = F.linear(_ToAllRanks.apply(hidden)[mask], weight)
     logits = _Gathered.apply(own, shard, _vocab_size(shard))
-    logps = logits.float().log_softmax(-1).gather(-1, labels[mask][:, None])[:, 0]
-    return _mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
+    logps = token_logps.log_softmax(logits, labels[mask])
+    return masked_mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
 
 
 def _three_reductions(
@@ -197,7 +196,7 @@ def _three_reductions(
 ) -> Tensor:
     own = F.linear(_ToAllRanks.apply(hidden)[mask], weight)
     logps = _ThreeReductions.apply(own, labels[mask], shard)
-    return _mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
+    return masked_mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
 
 
 def _vocab_size(shard: VocabShard) -> int:

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 
+from benchmarks.common.report import FORWARD, Figure
+from benchmarks.kernel.counts import BACKWARD, PASSES, Case, Inputs, Loop, Work
+from benchmarks.kernel.rows import BINDING, FLOOR, MEMORY, PTX, SASS, TIME
 from gpu_lab.model import DEVICES, Device, modelled_time
-from kernel_counts import BACKWARD, FORWARD, PASSES, Case, Inputs, Loop, Work
-from kernel_report import BINDING, FLOOR, MEMORY, PTX, SASS, TIME, Row
 
 ROWS = 8192  # of logits, in a modelled time
 
 
 def work_rows(
     impl: str, target: str, inputs: Inputs, work: dict[str, Work], per_token: float
-) -> Iterator[Row]:
+) -> Iterator[Figure]:
     """Per logit scored for instructions, per logit of the batch for bytes.
 
     Args:
@@ -21,8 +22,8 @@ def work_rows(
     num_scored = inputs.num_scored * inputs.logits.shape[-1]
     per_logit = {FORWARD: per_token / inputs.logits.shape[-1], BACKWARD: 0.0}
 
-    def row(passes: str, quantity: str, unit: str, value: float, how: str = "counted") -> Row:
-        return Row(impl, passes, target, case, quantity, unit, value, how)
+    def row(passes: str, quantity: str, unit: str, value: float, how: str = "counted") -> Figure:
+        return Figure(impl, passes, target, case, quantity, unit, value, how)
 
     total = 0.0
     for passes in PASSES:
@@ -46,9 +47,9 @@ def work_rows(
     yield row("forward+backward", "total bytes per logit", "bytes", total, "counted and derived")
 
 
-def loop_rows(impl: str, target: str, passes: str, case: Case, loop: Loop) -> Iterator[Row]:
-    def row(quantity: str, unit: str, value: float | str) -> Row:
-        return Row(impl, passes, target, str(case), quantity, unit, value, "static")
+def loop_rows(impl: str, target: str, passes: str, case: Case, loop: Loop) -> Iterator[Figure]:
+    def row(quantity: str, unit: str, value: float | str) -> Figure:
+        return Figure(impl, passes, target, str(case), quantity, unit, value, "static")
 
     code = loop.codegen
     for way, name in SASS.items():
@@ -67,7 +68,7 @@ def loop_rows(impl: str, target: str, passes: str, case: Case, loop: Loop) -> It
 
 def modelled_rows(
     impl: str, inputs: Inputs, work: dict[str, Work], loops: dict[tuple[str, str], Loop]
-) -> Iterator[Row]:
+) -> Iterator[Figure]:
     """For every device whose target's loops were read.
 
     Args:
@@ -101,11 +102,11 @@ def modelled_rows(
                 for resource, seconds in kernel.all_seconds.items()
             }
             for quantity, seconds in times.items():
-                yield Row(
+                yield Figure(
                     *(impl, passes, device.name, str(inputs.case)),
                     *(quantity, "ms", seconds * 1e3, "modelled"),
                 )
-            yield Row(
+            yield Figure(
                 *(impl, passes, device.name, str(inputs.case)),
                 *(BINDING, "", kernel.binding, "modelled"),
             )

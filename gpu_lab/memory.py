@@ -32,10 +32,11 @@ class GlobalMemory:
                 continue
             mine = inside.setdefault(storage.data_ptr(), np.zeros(storage.nbytes(), np.bool_))
             size = tensor.element_size()
+            once = tensor[tuple(slice(0, 1 if s == 0 else None) for s in tensor.stride())]
             view = as_strided(
-                mine[tensor.storage_offset() * size :],
-                (*tensor.shape, size),
-                (*(stride * size for stride in tensor.stride()), 1),
+                mine[once.storage_offset() * size :],
+                (*once.shape, size),
+                (*(stride * size for stride in once.stride()), 1),
             )
             view[...] = True
         self.starts = np.array(sorted(inside), np.int64)

@@ -11,25 +11,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from report import aligned
 
+from benchmarks.common.peers import OURS
+from benchmarks.common.report import Columns
+from benchmarks.head.peers import TRL
 from dpo_triton._head._tiles import TILE_V, Tiles, kept_numel
 from dpo_triton.linear import TILE_BYTES_ELSEWHERE
 
 TOKENS = 8192
 BF16, FLOAT32 = 2, 4
 TRL_TILE = (4096, 32768)  # tokens, columns
-OURS, TRL = "dpo_triton", "TRL"
-HEADINGS = (
-    "scheme",
-    "head",
-    "scored",
-    "tiles",
-    "products",
-    "launches",
-    "bytes",
-    "of the tiles",
-    "largest tile",
+TRL_VERSION = "1.16.0"  # that is modelled
+COLUMNS = Columns(
+    2,
+    {
+        "scheme": lambda row: row.scheme,
+        "head": lambda row: row.head,
+        "scored": lambda row: f"{row.scored_share:.0%}",
+        "tiles": lambda row: f"{row.tiles}",
+        "products": lambda row: f"{row.products:.2f}",
+        "launches": lambda row: f"{row.launches_per_token:.4f}",
+        "bytes": lambda row: f"{row.bytes_per_token / 1e6:.2f} MB",
+        "of the tiles": lambda row: f"{row.tile_bytes_per_token / 1e6:.2f} MB",
+        "largest tile": lambda row: f"{row.tile_mib:.0f}",
+    },
 )
 NOTES = f"""\
 products: each scored tokens x H x V multiply-adds, per scored token. launches, bytes: per token.
@@ -165,23 +170,3 @@ def _kept_tiles(scored: int, vocab_size: int) -> int:
     kept = torch.empty(numel, dtype=torch.bfloat16, device="meta")
     walk = Tiles(scored, vocab_size, TILE_BYTES_ELSEWHERE, kept, torch.bfloat16)
     return sum(tile.is_kept for tile in walk)
-
-
-def table(rows: Iterable[ModelledRow]) -> str:
-    """Return rows as aligned text."""
-    lines: list[tuple[str, ...]] = [HEADINGS]
-    lines += [
-        (
-            row.scheme,
-            row.head,
-            f"{row.scored_share:.0%}",
-            f"{row.tiles}",
-            f"{row.products:.2f}",
-            f"{row.launches_per_token:.4f}",
-            f"{row.bytes_per_token / 1e6:.2f} MB",
-            f"{row.tile_bytes_per_token / 1e6:.2f} MB",
-            f"{row.tile_mib:.0f}",
-        )
-        for row in rows
-    ]
-    return aligned(lines, (0, 1))

@@ -3,12 +3,22 @@
 import statistics
 from collections.abc import Callable, Iterator
 
-import measure
 import torch
-from kernel_counts import ALL, HALF_SHIFT, Counted, Inputs, complaint, make_inputs
-from kernel_peers import KernelPeer
-from kernel_report import Row, Rows, aligned
 from tqdm import tqdm
+
+from benchmarks.common import measure
+from benchmarks.common.report import BACKWARD as BOTH
+from benchmarks.common.report import FORWARD, Figure, Figures, aligned
+from benchmarks.kernel.counts import (
+    ALL,
+    BACKWARD,
+    HALF_SHIFT,
+    Counted,
+    Inputs,
+    complaint,
+    make_inputs,
+)
+from benchmarks.kernel.peers import KernelPeer
 
 DEVICE = torch.device("cuda")
 COPY_NUMEL = 2**28
@@ -16,7 +26,7 @@ ROWS = 8192  # of logits, in sequences of SEQ_LEN; fewer where memory is short
 SEQ_LEN = 1024
 CHECKED_ROWS = 16
 COPY_SHARE = "share of a copy's speed"
-TIMED = ("forward", "backward", "forward+backward")
+TIMED = (FORWARD, BACKWARD, BOTH)
 
 
 def complaints(peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype) -> list[str]:
@@ -37,7 +47,7 @@ def complaints(peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype) -> 
 
 def rows(
     peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype, quick: bool
-) -> tuple[Rows, float]:
+) -> tuple[Figures, float]:
     """Return a row for each time, and the speed of a copy in GB/s, read and written."""
     copy = measure.copy_gb_per_s(DEVICE, numel=COPY_NUMEL, min_run_s=0.5)
     # Logits, their copy, gradient and its slice, and room to spare.
@@ -45,7 +55,7 @@ def rows(
     batch = max(1, min(ROWS, most) // SEQ_LEN)
     logits, labels = random_batch(batch, min(SEQ_LEN, most), vocab_size, dtype)
     run_s = 0.1 if quick else 0.5
-    result = Rows()
+    result = Figures()
     with tqdm(total=2 * len(TIMED) * len(peers), unit="time", leave=False) as progress:
         for case in (ALL, HALF_SHIFT):
             for peer in peers:
@@ -62,7 +72,7 @@ def rows(
 def timed(peer: KernelPeer, inputs: Inputs, passes: str) -> Callable[[], object] | None:
     """What to time, or None: a gradient that the forward wrote has no backward of its own."""
     logits, labels, mask, case = inputs
-    if passes == "forward":
+    if passes == FORWARD:
 
         def forward() -> object:
             with torch.no_grad():
@@ -70,7 +80,7 @@ def timed(peer: KernelPeer, inputs: Inputs, passes: str) -> Callable[[], object]
 
         return forward
     leaf = logits.detach().requires_grad_()
-    if passes == "backward":
+    if passes == BACKWARD:
         if peer.overwrites_logits:
             return None
         value = peer.fn(leaf, labels, mask, case.shift).sum()
@@ -80,13 +90,13 @@ def timed(peer: KernelPeer, inputs: Inputs, passes: str) -> Callable[[], object]
 
 def time_rows(
     impl: str, inputs: Inputs, passes: str, samples: list[float], copy_gb_per_s: float
-) -> Iterator[Row]:
-    """Rows of one timing: samples in ms, the least bytes over the median, and its share of a copy's
-    speed."""
+) -> Iterator[Figure]:
+    """Figures of one timing: samples in ms, the least bytes over the median, and its share of a
+    copy's speed."""
     logits = inputs.logits
     scored = inputs.num_scored * logits.shape[-1] * logits.element_size()
-    least = {"forward": scored, "backward": scored + logits.nbytes}
-    least["forward+backward"] = sum(least.values())
+    least = {FORWARD: scored, BACKWARD: scored + logits.nbytes}
+    least[BOTH] = sum(least.values())
     median = statistics.median(samples)
     ordered = sorted(samples)
     gb_per_s = least[passes] / median / 1e6
@@ -97,10 +107,10 @@ def time_rows(
         ("least bytes over time", "GB/s", gb_per_s),
         (COPY_SHARE, "share", gb_per_s / copy_gb_per_s),
     ):
-        yield Row(impl, passes, "gpu", str(inputs.case), quantity, unit, value, "measured")
+        yield Figure(impl, passes, "gpu", str(inputs.case), quantity, unit, value, "measured")
 
 
-def table(rows: Rows) -> str:
+def table(rows: Figures) -> str:
     lines = [("implementation", "scored", "pass", "ms", "p20 - p80", "GB/s", "of copy")]
     for row in rows:
         if row.quantity == "time":

@@ -8,14 +8,16 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
-from gpu_lab.codegen import Codegen, inspect_kernel
-from gpu_lab.driver import Kernel, emulate
-from gpu_lab.machine import WARP, Counts
-from kernel_peers import KernelPeer, sliced
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FORWARD, BACKWARD = "forward", "backward"
+from benchmarks.common.report import FORWARD
+from benchmarks.kernel.peers import KernelPeer, sliced
+from gpu_lab.codegen import Codegen, inspect_kernel
+from gpu_lab.driver import Kernel, Launch, emulate
+from gpu_lab.machine import WARP, Counts
+
+BACKWARD = "backward"  # alone
 PASSES = (FORWARD, BACKWARD)
 TOKENS = 512
 
@@ -77,7 +79,7 @@ class Counted(NamedTuple):
     work: dict[str, Work]  # by pass
     values: Tensor  # (B,)
     grad: Tensor  # (B, T, V)
-    kernels: dict[str, list[Kernel]]  # launched, by pass; BACKWARD: not in the forward too
+    streaming: dict[str, list[Kernel]]  # that were given logits; BACKWARD: not in the forward too
 
 
 class TorchTraffic(TorchDispatchMode):
@@ -123,28 +125,41 @@ def count(peer: KernelPeer, inputs: Inputs, target: str) -> Counted:
         copy = logits.clone()  # Liger writes zeros into rows that are not scored
         with torch.no_grad(), forward_traffic:
             values = peer.fn(copy, labels, mask, case.shift)
-        split = len(lab.launches)
-        forward_kernels = list(lab.launched)
+        split = len(lab.records)
         leaf = logits.clone().requires_grad_()
         with traffic:
             (grad,) = torch.autograd.grad(peer.fn(leaf, labels, mask, case.shift).sum(), leaf)
-    forward = _work(lab.launches[:split], forward_traffic, peer)
-    step = _work(lab.launches[split:], traffic, peer)
-    others = [k for k in lab.launched if not any(k is known for known in forward_kernels)]
-    kernels = {FORWARD: forward_kernels, BACKWARD: others}
-    return Counted({FORWARD: forward, BACKWARD: step - forward}, values, grad, kernels)
+    forward, step = lab.records[:split], lab.records[split:]
+    known = streaming_kernels(forward, logits)
+    kernels = {
+        FORWARD: known,
+        BACKWARD: [k for k in streaming_kernels(step, logits) if all(k is not x for x in known)],
+    }
+    of_forward = _work(forward, forward_traffic, logits)
+    of_step = _work(step, traffic, logits)
+    return Counted({FORWARD: of_forward, BACKWARD: of_step - of_forward}, values, grad, kernels)
 
 
-def _work(launches: list[Counts], traffic: TorchTraffic, peer: KernelPeer) -> Work:
-    streaming = [c for c in launches if c.kernel not in peer.per_token_kernels]
+def is_streaming(launch: Launch, logits: Tensor) -> bool:
+    """Whether a kernel was given logits or their gradient, or a slice of them."""
+    return 2 * launch.largest >= logits.numel()
+
+
+def streaming_kernels(launches: list[Launch], logits: Tensor) -> list[Kernel]:
+    return [launch.kernel for launch in launches if is_streaming(launch, logits)]
+
+
+def _work(launches: list[Launch], traffic: TorchTraffic, logits: Tensor) -> Work:
+    counts = [launch.counts for launch in launches if launch.counts is not None]
+    streaming = [x.counts for x in launches if x.counts and is_streaming(x, logits)]
     return Work(
         launches=len(launches),
         instructions=WARP * sum(c.instructions.total() for c in streaming),
         exp2=WARP * sum(executed(c, "ex2") for c in streaming),
-        loaded=sum(c.distinct["load"] for c in launches),
-        stored=sum(c.distinct["store"] for c in launches),
-        wide_loaded=16 * sum(c.lanes["load", 16] for c in launches),
-        wide_stored=16 * sum(c.lanes["store", 16] for c in launches),
+        loaded=sum(c.distinct["load"] for c in counts),
+        stored=sum(c.distinct["store"] for c in counts),
+        wide_loaded=16 * sum(c.lanes["load", 16] for c in counts),
+        wide_stored=16 * sum(c.lanes["store", 16] for c in counts),
         torch_loaded=traffic.loaded,
         torch_stored=traffic.stored,
     )
@@ -156,14 +171,23 @@ def executed(counts: Counts, kind: str) -> int:
 
 
 def per_token_instructions(peer: KernelPeer, target: str, vocab_size: int) -> float:
-    """PTX instructions a token of the kernels that work per token, on a sequence of 512 tokens.
+    """PTX instructions a token of the kernels that work per token, on a sequence of TOKENS tokens.
 
-    They take 512 tokens at a time: the few tokens of the other counts would leave most idle.
+    They take many tokens at a time: the few of the other counts would leave most lanes idle. What
+    streams does not run: it says that everything is scored, and its sums are 1.
     """
-    if peer.run_per_token is None:
-        return 0.0
-    with emulate(target) as lab:
-        peer.run_per_token(vocab_size, TOKENS)
+    logits = torch.zeros(1, 1, vocab_size, dtype=torch.bfloat16).expand(1, TOKENS, vocab_size)
+
+    def runs(launch: Launch) -> bool:
+        if not is_streaming(launch, logits):
+            return True
+        for x in launch.arguments.values():
+            if isinstance(x, Tensor) and x.is_floating_point() and x.numel() < logits.numel():
+                x.fill_(1.0)
+        return False
+
+    with emulate(target, runs=runs) as lab, torch.no_grad(), peer.on_target(target):
+        peer.fn(logits, torch.zeros(1, TOKENS, dtype=torch.int64), None, False)
     return WARP * sum(c.instructions.total() for c in lab.launches) / TOKENS
 
 
@@ -188,20 +212,16 @@ class Loop(NamedTuple):
         return self.codegen.of_shortest_way().exp2_per_logit(self.logits_per_iteration)
 
 
-def read_loop(peer: KernelPeer, kernels: list[Kernel], inputs: Inputs, target: str) -> Loop | None:
-    """Return the loop of the one kernel that streams logits, None where there is none."""
-    kernels = [kernel for kernel in kernels if kernel.name not in peer.per_token_kernels]
+def read_loop(kernels: list[Kernel], dtype: torch.dtype) -> Loop | None:
+    """Return the loop of the first kernel that streams logits, None where there is none."""
     if not kernels:
         return None
-    kernel = kernels[0]
-    codegen = inspect_kernel(kernel)
-    vocab_size, dtype = inputs.logits.shape[-1], inputs.logits.dtype
-    with peer.on_target(target), emulate(target):
-        tile = peer.tile(kernel.name, vocab_size, str(dtype).removeprefix("torch."))
+    codegen = inspect_kernel(kernels[0])
+    tile = next(n for name, n in kernels[0].constants.items() if name.startswith("BLOCK"))
     unrolled = 1
     if codegen.has_loop:
         unrolled = max(1, round(codegen.loop_load_bytes / dtype.itemsize / tile))
-    return Loop(kernel.name, codegen, tile * unrolled)
+    return Loop(kernels[0].name, codegen, tile * unrolled)
 
 
 def complaint(peer: KernelPeer, inputs: Inputs, counted: Counted) -> str | None:

@@ -1,7 +1,7 @@
 """A stand-in for Triton's GPU driver: kernels compile for a GPU and run, emulated, on CPU tensors.
 
     with emulate("sm_90") as lab:
-        fused_seq_logprob(logits, labels, backend="triton")   # CPU tensors
+        my_kernel[grid](x, y, n, BLOCK=1024)   # CPU tensors
     lab.launches        # what each launch executed
 
 `kernel[grid](...)` goes through Triton's own JIT: its specialisation, its compiler, its launch.
@@ -10,7 +10,7 @@ Only the driver is replaced. TRITON_INTERPRET must not be set when the kernels a
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,15 +32,40 @@ class Kernel(NamedTuple):
     name: str
     metadata: Any  # Triton's: num_warps, shared, target, ...
     asm: dict[str, Path]  # "ptx", "cubin", "amdgcn", ... -> file
+    constants: dict[str, Any]  # tl.constexpr parameters, of the source and specialised
+
+
+class Launch(NamedTuple):
+    """One launch, and what it executed where it ran."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]  # by the parameter's name, without tl.constexpr
+    counts: Counts | None  # None: it was not run
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor that it was given."""
+        return max((x.numel() for x in self.arguments.values() if hasattr(x, "numel")), default=0)
 
 
 class Lab:
     """What a driver saw while it was active."""
 
-    def __init__(self) -> None:
+    def __init__(self, runs: Callable[[Launch], bool]) -> None:
+        self.runs = runs
         self.kernels: list[Kernel] = []  # loaded here for the first time
-        self.launches: list[Counts] = []
-        self.launched: list[Kernel] = []  # the kernel of each launch, for AMD targets too
+        self.records: list[Launch] = []
+
+    @property
+    def launches(self) -> list[Counts]:
+        """What each launch that ran executed."""
+        return [launch.counts for launch in self.records if launch.counts is not None]
+
+    @property
+    def launched(self) -> list[Kernel]:
+        """The kernel of each launch, of AMD targets too."""
+        return [launch.kernel for launch in self.records]
 
 
 class _Launcher:
@@ -50,19 +75,21 @@ class _Launcher:
         self.driver = driver
         self.names = source.fn.arg_names
         self.is_constant = [source.signature[name] == "constexpr" for name in self.names]
+        self.constants = {self.names[path[0]]: x for path, x in source.constants.items()}
         self.metadata = metadata
         self.program: ptx.Program | None = None  # None for an AMD GPU
         self.kernel: Kernel
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
-        self.driver.lab.launched.append(self.kernel)
-        if self.program is None or self.driver.schedule is None:
-            return
-        values = rest[-len(self.names) :]
-        arguments = [v for v, c in zip(values, self.is_constant, strict=True) if not c]
-        shared, grid = self.metadata.shared, (grid_x, grid_y, grid_z)
-        counts = machine.run(self.program, grid, arguments, shared, self.driver.schedule)
-        self.driver.lab.launches.append(counts)
+        lab, grid = self.driver.lab, (grid_x, grid_y, grid_z)
+        given = zip(self.names, self.is_constant, rest[-len(self.names) :], strict=True)
+        arguments = {name: value for name, is_constant, value in given if not is_constant}
+        launch = Launch(self.kernel, grid, arguments, None)
+        if self.program is not None and self.driver.schedule is not None and lab.runs(launch):
+            values, shared = list(arguments.values()), self.metadata.shared
+            counts = machine.run(self.program, grid, values, shared, self.driver.schedule)
+            launch = launch._replace(counts=counts)
+        lab.records.append(launch)
 
 
 class EmulatedDriver(DriverBase):
@@ -73,7 +100,7 @@ class EmulatedDriver(DriverBase):
         self.device = next(_device_ids)
         self.utils = self
         self.schedule: Schedule | None = "lockstep"
-        self.lab = Lab()
+        self.lab: Lab
         self.launcher: _Launcher
 
     def launcher_cls(self, source: Any, metadata: Any) -> _Launcher:
@@ -83,10 +110,11 @@ class EmulatedDriver(DriverBase):
     def take_files(self, module: Any, function: Any, name: str, files: Any, key: str) -> None:
         """Triton's hook between launcher_cls and load_binary, which tells where the PTX is."""
         asm = {Path(file).suffix[1:]: Path(file) for file in files.values()}
-        self.launcher.kernel = Kernel(name, self.launcher.metadata, asm)
-        self.lab.kernels.append(self.launcher.kernel)
+        launcher = self.launcher
+        launcher.kernel = Kernel(name, launcher.metadata, asm, launcher.constants)
+        self.lab.kernels.append(launcher.kernel)
         if "ptx" in asm:
-            self.launcher.program = ptx.parse(asm["ptx"].read_text())
+            launcher.program = ptx.parse(asm["ptx"].read_text())
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """Return module, function, registers, spills, and the most threads of a block."""
@@ -129,13 +157,18 @@ def _gpu_target(name: str) -> GPUTarget:
 
 
 @contextlib.contextmanager
-def emulate(target: str, schedule: Schedule | None = "lockstep") -> Iterator[Lab]:
+def emulate(
+    target: str,
+    schedule: Schedule | None = "lockstep",
+    runs: Callable[[Launch], bool] = lambda launch: True,
+) -> Iterator[Lab]:
     """Make kernels compile for `target` and run on CPU tensors.
 
-    With schedule None, and for an AMD target, they only compile: outputs stay unwritten.
+    With schedule None, and for an AMD target, they only compile: outputs stay unwritten. So do
+    those of a launch that `runs` says no to, which may write them itself.
     """
     driver = _drivers.setdefault(target, EmulatedDriver(target))
-    driver.schedule, driver.lab = schedule, Lab()
+    driver.schedule, driver.lab = schedule, Lab(runs)
     hooks = triton.knobs.runtime.kernel_load_start_hook
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
