@@ -62,7 +62,7 @@ bench-parallel: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # Copies and hashes: Python alone does it.
 hub:
