@@ -56,7 +56,7 @@ def bco_pair_loss(
     """
     beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    shift = _constant("delta", delta, like=c)
+    shift = _scalar("delta", delta, like=c)
     losses = -F.logsigmoid(beta * c - shift) - F.logsigmoid(shift - beta * r)
     return with_rewards(losses, beta, c, r)
 
@@ -151,8 +151,7 @@ def kto_loss(
     c, r = log_ratios(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, paired=False
     )
-    kl = _constant("kl", kl, like=c)
-    baseline = kl.clamp(min=0) if isinstance(kl, Tensor) else max(kl, 0.0)
+    baseline = _scalar("kl", kl, like=c).clamp(min=0)
     desirable = desirable_weight * torch.sigmoid(-beta * (c - baseline))
     undesirable = undesirable_weight * torch.sigmoid(-beta * (baseline - r))
     return with_rewards(torch.cat([desirable, undesirable]), beta, c, r)
@@ -199,10 +198,11 @@ def aot_unpaired_loss(
     return with_rewards(smoothed_logistic(x, label_smoothing), beta, c, r)
 
 
-def _constant(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
-    """A number, or a tensor of one element without a gradient, as a scalar of like's kind."""
+def _scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or a tensor of one element, without a gradient."""
     if not isinstance(value, Tensor):
-        return check_number(name, value)
+        # added: new_tensor would make a number that changes a constant to torch.compile
+        return like.new_zeros(()) + check_number(name, value)
     if value.numel() != 1:
         raise ValueError(
             f"{name} must be a number or a tensor of one element, got {tuple(value.shape)}; "

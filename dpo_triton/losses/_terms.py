@@ -85,8 +85,10 @@ def power_score(log_u: Tensor, exponent: float) -> Tensor:
     The power is bounded such that its square, and that square's gradient in a loss that is scaled
     by 65536, stay finite: IPO squares it.
     """
-    if exponent == 0:
-        return log_u
+    if abs(exponent) < 1e-30:
+        # The limit. The factor is 1 to the last bit; without it a symbol of torch.compile would be
+        # used in one graph and not in the other, and from then on be a constant.
+        return log_u * (1 + exponent)
     bound = math.log(torch.finfo(log_u.dtype).max) / 2 - 8
     return torch.expm1((exponent * log_u).clamp(max=bound)) / exponent
 
