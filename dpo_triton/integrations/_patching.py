@@ -121,7 +121,7 @@ class Integration:
             _warned.add((self.framework, version))
             warnings.warn(
                 f"{self.framework} {version} was not tested with dpo_triton and is taken for "
-                f"{nearest}: names and parameters of what is replaced are checked, its results were "
+                f"{nearest}: names and parameters of what is replaced are checked, results were "
                 f"not compared; the tested versions are {versions}",
                 stacklevel=_stacklevel(),
             )
