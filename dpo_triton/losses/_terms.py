@@ -1,6 +1,7 @@
 """Inputs of the losses, checked, and the functions that several of them use."""
 
 import math
+import sys
 from numbers import Real
 from typing import Literal, NamedTuple
 
@@ -157,14 +158,15 @@ def check_number(name: str, value: float) -> float:
     """A finite number, which is returned as Python's: NumPy's compute in their own 16 or 32 bits.
 
     Under torch.compile it is a symbol if it changes from call to call. A comparison of it becomes a
-    guard; `math.isfinite` or an f-string would make it a constant, and each value a new graph.
+    guard, but for one with infinity, which sympy takes for true. `math.isfinite` or an f-string
+    would make it a constant, and each value a new graph.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"{name} must be a number, got {type(value).__name__}; of a tensor or an array pass "
             ".item(), which waits for the device"
         )
-    if not -math.inf < value < math.inf:
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
     return value if isinstance(value, (int, float)) else float(value)
 
