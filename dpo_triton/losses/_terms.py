@@ -166,9 +166,11 @@ def check_number(name: str, value: float) -> float:
             f"{name} must be a number, got {type(value).__name__}; of a tensor or an array pass "
             ".item(), which waits for the device"
         )
+    if not isinstance(value, (int, float)):
+        value = float(value)
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
-    return value if isinstance(value, (int, float)) else float(value)
+    return value
 
 
 def check_beta(beta: float) -> float:
