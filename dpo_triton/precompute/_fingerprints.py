@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model import language_model
+from .._language_model import language_model
 
 NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's
 SAMPLE = 64  # elements of each tensor of a model that its fingerprint reads

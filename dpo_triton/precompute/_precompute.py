@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .._backends import BackendName
-from ..model import output_head, seq_logprob_from_model
+from .._language_model import output_head
+from ..model import seq_logprob_from_model
 from ._fingerprints import (
     NAMES,
     ROW_HASH,
