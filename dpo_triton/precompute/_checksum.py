@@ -22,14 +22,14 @@ def tensor_checksum(tensor: Tensor) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in _plain(tensor.detach()):
-        raw = part.contiguous().reshape(-1).view(torch.uint8)
+        flat = part.reshape(-1)
+        if flat.stride(0) != 1 or flat.storage_offset() * flat.element_size() % 8:
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        raw = flat.view(torch.uint8)
         whole = len(raw) // 8 * 8
-        rest = raw[whole:]
-        if raw.storage_offset() % 8:
-            raw = raw.clone()
         for words in torch.split(raw[:whole].view(torch.int64), 2**10 * BLOCK):
             digest.update(_block_sums(words).cpu().numpy().tobytes())
-        digest.update(rest.cpu().numpy().tobytes())
+        digest.update(raw[whole:].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

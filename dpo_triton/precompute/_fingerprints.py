@@ -54,8 +54,11 @@ def difference(name: str, found: str | None, now: str) -> str:
         before, after = (json.loads(text or "{}") for text in (found, now))
     except ValueError:  # "autocast", which is no JSON
         return f"{found} then, {now} now"
-    if name != "model":
-        return _changed_entries(before, after)
+    if name == "tokenizer":
+        if before and after:
+            parts = [part for part in after if before.get(part) != after[part]]
+            return f"its {' and its '.join(parts)} changed"
+        return "there was none" if after else "there was one, now there is none"
     told = [
         _changed_tensors(before.get("tensors", {}), after["tensors"]),
         _changed_entries(before.get("configuration", {}), after["configuration"]),
@@ -115,14 +118,8 @@ def _changed_entries(before: Mapping[str, Any], after: Mapping[str, Any]) -> str
     names = [k for k in {**before, **after} if before.get(k) != after.get(k)]
     if not names:
         return ""
-    if not before or not after:
-        return "there was none" if after else "there was one, now there is none"
     name = names[0]
-    was, now = before.get(name), after.get(name)
-    told = f"its {name} is another"
-    if not all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (was, now)):
-        told = f"{name} was {was!r}, is {now!r}"
-    return told + _and_more(len(names) - 1)
+    return f"{name} was {before.get(name)!r}, is {after.get(name)!r}" + _and_more(len(names) - 1)
 
 
 def _changed_tensors(before: Mapping[str, str], after: Mapping[str, str]) -> str:

@@ -36,10 +36,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapted_modules(base: nn.Module) -> dict[str, str]:
-    """From a module that PEFT adapts, to what in it is the base's; "" where its adapter is on."""
+    """From a module that PEFT adapts to the path in it of the base's; "" if the adapter is on."""
     adapted = {}
     for name, module in base.named_modules():
-        inner = next((a for a in ("base_layer", "original_module") if hasattr(module, a)), None)
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
         if inner is None or not hasattr(module, "disable_adapters"):
             continue
         if module.disable_adapters and getattr(module, "merged", False):
@@ -47,7 +47,8 @@ def _adapted_modules(base: nn.Module) -> dict[str, str]:
                 f"the adapters are off, but {name} has one merged into its weight, which the first "
                 "forward pass takes out; call model.unmerge_adapter() before"
             )
-        adapted[name] = inner if module.disable_adapters else ""
+        path = next(path for path, within in module.named_modules() if within is inner)
+        adapted[name] = path if module.disable_adapters else ""
     return adapted
 
 
@@ -77,8 +78,9 @@ def _name_of(name: str, adapted: dict[str, str], idle: set[str]) -> str | None:
             inner = adapted[path]
             if not inner:
                 break
-            if next(parts, None) != inner:
-                return None
+            for expected in inner.split("."):
+                if next(parts, None) != expected:
+                    return None
             path = f"{path}.{inner}"
     return ".".join(kept)
 
