@@ -57,7 +57,7 @@ def read_texts(file: BinaryIO, name: str) -> Iterator[tuple[str, str | bytes]]:
         raise ValueError(f"{name}: the gzip file is cut or corrupt ({error}); copy it anew") from error
 
 
-def _lines(reader: io.BufferedReader[Any], name: str) -> Iterator[tuple[str, bytes]]:
+def _lines(reader: "io.BufferedReader[Any]", name: str) -> Iterator[tuple[str, bytes]]:
     number = 0
     try:
         for number, line in enumerate(reader, start=1):
@@ -69,7 +69,7 @@ def _lines(reader: io.BufferedReader[Any], name: str) -> Iterator[tuple[str, byt
         ) from error
 
 
-def _elements(reader: io.BufferedReader[Any], name: str) -> Iterator[tuple[str, str]]:
+def _elements(reader: "io.BufferedReader[Any]", name: str) -> Iterator[tuple[str, str]]:
     """Of a JSON array: decode an element, and read on where it does not end in the buffer."""
     file = io.TextIOWrapper(reader, encoding="utf-8-sig")
     decoder = json.JSONDecoder()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..model import language_model
 
 NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's
+MASKS = ("chosen_mask", "rejected_mask")  # of a row that has them
 SAMPLE = 64  # elements of each tensor of a model that its fingerprint reads
 ROW_HASH = np.dtype("V16")
 # Of a configuration: where a model came from, not what it computes.
@@ -53,9 +54,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def row_hash(row: PreferenceRow) -> np.void:
-    """BLAKE2 of the three lists of ids and their lengths."""
+    """BLAKE2 of the three lists of ids and their lengths, and of a mask that leaves an id out."""
     digest = hashlib.blake2b(digest_size=ROW_HASH.itemsize)
     for name in NAMES:
         ids = np.asarray(row[name], dtype="<i8")
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    for name in MASKS:
+        mask = row.get(name)
+        if mask is not None and 0 in mask:
+            digest.update(name.encode() + np.asarray(mask, dtype="<i8").tobytes())
     return np.void(digest.digest())

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .._backends import BackendName
 from ..model import output_head, seq_logprob_from_model
 from ._fingerprints import (
+    MASKS,
     NAMES,
     ROW_HASH,
     PreferenceRow,
@@ -63,7 +64,8 @@ def precompute_ref_logps(
         model: as `seq_logprob_from_model` takes it; scored in eval mode, which is undone after.
             PEFT's: call this inside of `model.disable_adapter()` or before adding the adapter.
         dataset: N mappings with "prompt_ids", "chosen_ids" and "rejected_ids", lists of token ids
-            as in TRL; the answers' end with eos where the policy is to learn it. Read by len() and
+            as in TRL; the answers' end with eos where the policy is to learn it; beside them
+            "chosen_mask" and "rejected_mask" where not all of an answer counts. Read by len() and
             [i]. The prompt has a token at least, for it predicts the answer's first.
         path: of the file, customarily .safetensors.
         tokenizer: a transformers tokenizer, for its fingerprint; None is a tokenizer like another.
@@ -132,10 +134,20 @@ def score_pairs(
 def collate_pairs(
     rows: Sequence[PreferenceRow], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`collate` of B pairs: all chosen, then all rejected; each (2B, T)."""
+    """`collate` of B pairs: all chosen, then all rejected; each (2B, T).
+
+    A row may have "chosen_mask" and "rejected_mask", 0 at ids of an answer that do not count.
+    """
     answers = [(row["prompt_ids"], row[name]) for name in NAMES[1:] for row in rows]
     ids = [[*prompt, *answer] for prompt, answer in answers]
-    return collate(ids, [len(prompt) for prompt, _ in answers], device)
+    collated = collate(ids, [len(prompt) for prompt, _ in answers], device)
+    mask = collated[2]
+    masks = [row.get(name) for name in MASKS for row in rows]
+    for b, (answer_mask, (prompt, _)) in enumerate(zip(masks, answers, strict=True)):
+        if answer_mask is not None:
+            end = len(prompt) + len(answer_mask)
+            mask[b, len(prompt) : end] = torch.as_tensor(answer_mask, device=device)
+    return collated
 
 
 def collate(
@@ -220,6 +232,13 @@ def _check_row(row: PreferenceRow, number: int, vocab_size: int) -> None:
             raise ValueError(
                 f"row {number}: {name} must be in [0, {vocab_size}), got {outside[0]}; the "
                 "tokenizer is not the model's, or -100 came in with labels"
+            )
+    for name, mask_name in zip(NAMES[1:], MASKS, strict=True):
+        mask = row.get(mask_name)
+        if mask is not None and (len(mask) != len(row[name]) or not set(mask) <= {0, 1}):
+            raise ValueError(
+                f"row {number}: {mask_name} must have a 0 or 1 for each of {len(row[name])} "
+                f"{name}, got {len(mask)}; leave it out where the whole answer counts"
             )
     if len(row["prompt_ids"]) == 0:
         raise ValueError(
