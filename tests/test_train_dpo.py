@@ -11,7 +11,7 @@ import preference_training
 import pytest
 import torch
 import train_dpo
-from preference_data import Pair, read_rows, tokenise, trainable
+
 from tiny_llama import save_tiny_llama
 
 from dpo_triton.losses import LOSSES

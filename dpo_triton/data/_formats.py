@@ -10,8 +10,8 @@ Messages are {"role": ..., "content": ...} or {"from": ..., "value": ...}; conte
 list of {"type": "text", "text": ...}. A conversation may have "system" and "tools" beside it.
 """
 
+import itertools
 import json
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -56,7 +56,9 @@ def parse_pair(source: str, text: str | bytes) -> Pair:
     try:
         row = json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"{source}: a row must be one JSON object, got too deep nesting") from error
+        raise ValueError(
+            f"{source}: a row must be one JSON object, got too deep nesting"
+        ) from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{source}: a row must be one JSON object: {error}") from error
     if not isinstance(row, dict):
@@ -170,7 +172,8 @@ def _tools(tools: Any) -> list[Any] | None:
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The texts' common beginning, up to the last space in it, and what is left of either."""
-    common = os.path.commonprefix([chosen, rejected])
+    same = (a == b for a, b in zip(chosen, rejected, strict=False))
+    common = chosen[: sum(1 for _ in itertools.takewhile(bool, same))]
     space = re.search(r"\s\S*\Z", common)
     size = space.start() if space else 0
     return _checked_beginning(chosen[:size], chosen[size:], rejected[size:])

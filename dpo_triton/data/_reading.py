@@ -54,7 +54,9 @@ def read_texts(file: BinaryIO, name: str) -> Iterator[tuple[str, str | bytes]]:
         finally:
             reader.detach()  # the file is the caller's to close
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{name}: the gzip file is cut or corrupt ({error}); copy it anew") from error
+        raise ValueError(
+            f"{name}: the gzip file is cut or corrupt ({error}); copy it anew"
+        ) from error
 
 
 def _lines(reader: "io.BufferedReader[Any]", name: str) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Pairs as tokens: a template or plain text, special tokens once each, answers told from prompts."""
+"""Pairs as tokens: templates or plain text, special tokens once each, the answers marked."""
 
 import datetime
 import re
