@@ -5,10 +5,10 @@
     python examples/train_dpo.py --resume                       # where the last checkpoint was
     python examples/train_dpo.py --compare 5                    # beside materialised logits
 
-The forms of a row of the data are in the documentation of dpo_triton.data.parse_pair. The reference
-is the model as it was loaded; its log-probabilities are computed once and kept. The folder --output
-gets tokens/, ref_logps.safetensors, checkpoint.pt, report.json, training.png, and in model/ what was
-trained: a LoRA adapter, or with --full all. Either is a --model for the next run.
+The forms of a row of the data are in the documentation of dpo_triton.data.parse_pair. The
+reference is the model as it was loaded; its log-probabilities are computed once and kept. The
+folder --output gets tokens/, ref_logps.safetensors, checkpoint.pt, report.json, training.png, and
+in model/ what was trained: a LoRA adapter, or with --full all. Either is a --model of a next run.
 """
 
 import argparse
@@ -100,8 +100,9 @@ def run(args: argparse.Namespace) -> int:
     title += f"{len(setup.train_rows)} pairs, {len(rows)} held out"
     plot(args.output / "training.png", steps, evaluations, before, after, title)
     times = len(steps) * args.batch_size / len(setup.train_rows)
-    print(f"\n{len(setup.train_rows)} pairs, each trained on {times:.1f} times, in {seconds:.0f} s, "
-          f"{sum(s.seconds for s in steps):.0f} s of it in the steps; see {args.output}")  # fmt: skip
+    in_steps = sum(step.seconds for step in steps)
+    print(f"\n{len(setup.train_rows)} pairs, each trained on {times:.1f} times, in {seconds:.0f} s,"
+          f" {in_steps:.0f} s in the steps; see {args.output}")  # fmt: skip
     if evaluations:
         print_evaluations(evaluations, len(rows))
         print(verdict(evaluations[1].reward_accuracy, len(rows)))
