@@ -29,48 +29,52 @@ def find_smollm2() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return (model, tokenizer) from any of the three kinds of folders; never a network."""
-    if not folder.is_dir():
-        raise ValueError(f"--model must be a folder that holds a causal LM, got {folder}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read as transformers is imported
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(folder: Path) -> tuple[Any, Any]:
+    """Return (tokenizer, configuration of the model): enough to read data with, and soon there."""
+    base = find_base(folder)
+    from transformers import AutoConfig, AutoTokenizer
 
+    own = folder if (folder / "tokenizer_config.json").exists() else base
+    return AutoTokenizer.from_pretrained(own), AutoConfig.from_pretrained(base)
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the model, in evaluation mode, with an adapter's weights in its own."""
+    base = find_base(folder)
+    from transformers import AutoModelForCausalLM
+
+    if not is_adapter(folder):
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_model(base, device, dtype), folder)
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"--model {folder}: such an adapter cannot be merged into its base")
+    print(f"--model {folder} is an adapter: merged into its base, {base}")
+    return model.merge_and_unload().eval()
+
+
+def find_base(folder: Path) -> Path:
+    """Return the folder in transformers' format that holds the model's, or its base's, weights.
+
+    It is absolute: an adapter keeps it as the place of its base.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read as transformers is imported
     if is_adapter(folder):
-        return merged(folder, device, dtype)
+        config = folder / "adapter_config.json"
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base or not Path(base).is_dir():
+            raise ValueError(
+                f"base_model_name_or_path in {config} must be the folder of the adapter's base, "
+                f"got {base}; write there where it is now"
+            )
+        return find_base(Path(base))
     ggufs = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
-    if ggufs:
-        folder = converted(ggufs[0])
-    folder = folder.resolve()  # where an adapter says that its base is
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval(), tokenizer
+    return (converted(ggufs[0]) if ggufs else folder).resolve()
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
-
-
-def merged(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return an adapter's base with the adapter's weights in its own, and the tokenizer."""
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    config = folder / "adapter_config.json"
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
-        raise ValueError(
-            f"base_model_name_or_path in {config} must be the folder of the adapter's base, got "
-            f"{base}; write there where it is now"
-        )
-    model, tokenizer = load_model(Path(base), device, dtype)
-    model = PeftModel.from_pretrained(model, folder)
-    if not hasattr(model, "merge_and_unload"):
-        raise ValueError(f"--model {folder}: such an adapter cannot be merged into its base")
-    if (folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    print(f"--model {folder} is an adapter: merged into its base, {base}")
-    return model.merge_and_unload().eval(), tokenizer
 
 
 def converted(gguf: Path) -> Path:
@@ -116,6 +120,6 @@ def add_lora(model: Any, rank: int, seed: int) -> Any:
     return get_peft_model(model, config)
 
 
-def max_positions(model: Any) -> int | None:
-    """Tokens that the model has positions for; None where its configuration names no number."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def max_positions(config: Any) -> int | None:
+    """Tokens that a model has positions for; None where its configuration names no number."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -12,6 +12,7 @@ from causal_lm import (
     find_smollm2,
     is_adapter,
     load_model,
+    load_tokenizer,
     max_positions,
     save_whole,
 )
@@ -35,15 +36,19 @@ class Setup(NamedTuple):
 
 
 def prepare(args: argparse.Namespace) -> Setup:
-    """Load the model, read the data, score the reference, and make the policy."""
+    """Read the data, load the model, score the reference, and make the policy."""
     folder = args.model or find_smollm2()
-    model, tokenizer = load_model(folder, args.device, torch.float32)
-    max_length = checked_max_length(args.max_length, max_positions(model))
-    train_rows = read_rows(args, args.data, "tokens", model, tokenizer, max_length)
+    tokenizer, config = load_tokenizer(folder)
+    max_length = checked_max_length(args.max_length, max_positions(config))
+    vocab_size = config.get_text_config().vocab_size
+    train_rows = read_rows(args, args.data, "tokens", tokenizer, max_length, vocab_size)
     if args.eval_data:
-        held_out_rows = read_rows(args, args.eval_data, "eval_tokens", model, tokenizer, max_length)
+        held_out_rows = read_rows(
+            args, args.eval_data, "eval_tokens", tokenizer, max_length, vocab_size
+        )
     else:
         train_rows, held_out_rows = split(train_rows, args.holdout, args.seed)
+    model = load_model(folder, args.device, torch.float32)
     ref_logps = precompute_ref_logps(
         model,
         ConcatDataset([train_rows, held_out_rows]) if len(held_out_rows) else train_rows,  # type: ignore[arg-type, list-item]
@@ -68,9 +73,9 @@ def read_rows(
     args: argparse.Namespace,
     paths: Sequence[Path],
     name: str,
-    model: Any,
     tokenizer: Any,
     max_length: int,
+    vocab_size: int,
 ) -> TokenRows:
     """Return the pairs both of whose answers have a token, and say what became of the others."""
     rows = tokenise_files(
@@ -78,7 +83,7 @@ def read_rows(
         args.output / name,
         tokenizer,
         max_length=max_length,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         limit=args.limit,
         skip_bad_rows=args.skip_bad_rows,
     )

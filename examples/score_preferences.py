@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import options as command_line
 import torch
-from causal_lm import CURE, find_smollm2, load_model, max_positions
+from causal_lm import CURE, find_smollm2, load_model, load_tokenizer, max_positions
 from torch import Tensor
 
 from dpo_triton import fused_seq_logprob, reference
@@ -241,17 +241,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, folder: Path) -> int:
     """Score, print and write; `folder` takes the tokens. Return 1 if --check finds a difference."""
-    model, tokenizer = load_model(
-        args.model or find_smollm2(), args.device, getattr(torch, args.dtype)
-    )
+    model_folder = args.model or find_smollm2()
+    tokenizer, config = load_tokenizer(model_folder)
     rows = tokenise_files(
         args.data,
         folder / "tokens",
         tokenizer,
-        max_length=command_line.checked_max_length(args.max_length, max_positions(model)),
+        max_length=command_line.checked_max_length(args.max_length, max_positions(config)),
+        vocab_size=config.get_text_config().vocab_size,
         limit=args.limit,
         skip_bad_rows=args.skip_bad_rows,
     )
+    model = load_model(model_folder, args.device, getattr(torch, args.dtype))
     options = dict(device=args.device, backend=args.backend, check=args.check)
     scores = score(model, rows, batch_size=args.batch_size, **options)
     records = tabulate(rows, read_prompts(rows, args.data), scores)

@@ -11,7 +11,7 @@ import preparation
 import pytest
 import torch
 import train_dpo
-from causal_lm import load_model, without_quantisation
+from causal_lm import load_model, load_tokenizer, without_quantisation
 from tiny_llama import save_tiny_llama
 
 from dpo_triton.losses import LOSSES
@@ -202,16 +202,16 @@ def test_an_epoch_has_each_row_once_in_another_order():
 def test_an_answer_that_truncation_empties_is_left_out_and_reported(tiny, tmp_path, capsys):
     long = dict(prompt="hi " * 20, chosen="yes", rejected="no")
     path = write(tmp_path / "pairs.jsonl", [*ROWS, long])
-    model, tokenizer = load_model(tiny, torch.device("cpu"), torch.float32)
+    tokenizer, _ = load_tokenizer(tiny)
     args = train_dpo.parse_args(command(tiny, path, tmp_path / "out"))
-    rows = preparation.read_rows(args, [path], "tokens", model, tokenizer, 6)
+    rows = preparation.read_rows(args, [path], "tokens", tokenizer, 6, 20)
     assert [row["source"] for row in rows] == [f"{path}:{n}" for n in range(1, 6)]
     printed = capsys.readouterr().out
     assert "6 pairs, 6 answers cut short" in printed
     assert f"1 with an answer that is empty, or cut to nothing: {path}:6" in printed
     assert max(len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in rows) == 6
     with pytest.raises(ValueError, match="--max-length 1 leaves no answer"):
-        preparation.read_rows(args, [path], "tokens", model, tokenizer, 1)
+        preparation.read_rows(args, [path], "tokens", tokenizer, 1, 20)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_without_a_held_out_pair_it_trains_and_draws(tiny, data, tmp_path):
 
 
 def test_a_model_that_is_tagged_as_quantised_is_copied(tiny):
-    model = load_model(tiny, torch.device("cpu"), torch.float32)[0]
+    model = load_model(tiny, torch.device("cpu"), torch.float32)
     model.config.quantization_config = {"quant_method": "gguf"}
     copied = without_quantisation(model)
     assert copied is not model
