@@ -37,8 +37,8 @@ def sft_loss(
             whose mean over the whole batch is the mean over its tokens, however it is divided.
 
     Returns:
-        losses: (B,), without mean_chosen_length all of them that mean; 0 where no token is scored. The rewards are 0: a model
-        of one answer prefers nothing.
+        losses: (B,), without mean_chosen_length all of them that mean; 0 where no token is scored.
+        The rewards are 0: a model of one answer prefers nothing.
     """
     check_logps(chosen_logps=chosen_logps)
     check_lengths(chosen_logps, chosen_lengths=chosen_lengths)
