@@ -45,8 +45,11 @@ class FakeTokenizer:
     def convert_ids_to_tokens(self, ids):
         return ["x"] * len(ids)
 
+    def get_chat_template(self, *, tools):
+        return self.chat_template
+
     def apply_chat_template(
-        self, messages, *, tokenize, tools, strftime_now, add_generation_prompt=False
+        self, messages, *, tokenize, tools, chat_template, add_generation_prompt=False
     ):
         assert not tokenize
         text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)

@@ -180,7 +180,7 @@ def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _checked_beginning(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    if not prompt or not chosen or not rejected:
+    if not prompt or not chosen or not rejected or chosen == rejected:
         raise _Refused(
             "a row without a prompt must have answers that begin alike and then differ; write the "
             "prompt apart"

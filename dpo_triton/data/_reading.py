@@ -76,7 +76,9 @@ def _elements(reader: "io.BufferedReader[Any]", name: str) -> Iterator[tuple[str
     file = io.TextIOWrapper(reader, encoding="utf-8-sig")
     decoder = json.JSONDecoder()
     try:
-        buffer, line = file.read(CHUNK), 1
+        buffer, line = "", 1
+        while "[" not in buffer:
+            buffer += file.read(CHUNK)
         at = buffer.index("[") + 1
         line += buffer.count("\n", 0, at)
         while True:

@@ -11,6 +11,7 @@ Row = dict[str, Any]  # see PairTokenizer
 # A tokenizer that puts a space before every text gets this before an answer, and it is cut off.
 ANCHORS = ("\n", "|", "=", "\u200b")
 GENERATION = re.compile(r"\{%-?\s*generation\b")
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class _Answer(NamedTuple):
@@ -58,6 +59,7 @@ class PairTokenizer:
         self.vocab_size = vocab_size
         self.date = date or datetime.date.today()
         self._marks_turns = bool(GENERATION.search(str(tokenizer.chat_template)))
+        self._templates: dict[bool, str] = {}  # with tools, without
         self._prefix = self._what_begins_a_text()
         self._anchor = self._what_keeps_a_space_away()
         self._ids: dict[str, list[int]] = {}  # of the batch's texts
@@ -104,7 +106,7 @@ class PairTokenizer:
                 "the pair is conversational and the tokenizer has no chat template; take a model "
                 "whose tokenizer has one, or pairs of plain strings"
             )
-        if pair.tools and "tools" not in str(self.tokenizer.chat_template):
+        if pair.tools and "tools" not in self._dated_template(pair.tools):
             raise ValueError("the row has tools, which the chat template does not write")
         prompt_text = self._template(pair, pair.prompt, add_generation_prompt=True)
         answers = (pair.chosen, pair.rejected)
@@ -130,12 +132,24 @@ class PairTokenizer:
         options = dict(tokenize=False) | options
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=pair.tools, strftime_now=self.date.strftime, **options
+                messages,
+                chat_template=self._dated_template(pair.tools),
+                tools=pair.tools,
+                **options,
             )
         except Exception as error:  # whatever the template's author raises, or forgot
             raise ValueError(
                 f"the chat template does not take the row: {error or type(error).__name__}"
             ) from error
+
+    def _dated_template(self, tools: list[Any] | None) -> str:
+        """The tokenizer's chat template, in which today's date is written out."""
+        template = self._templates.get(bool(tools))
+        if template is None:
+            template = str(self.tokenizer.get_chat_template(tools=tools))
+            template = TODAY.sub(lambda found: repr(self.date.strftime(found[2])), template)
+            self._templates[bool(tools)] = template
+        return template
 
     def _texts(self, pair: Pair, rendered: Any) -> list[str]:
         """All that is to be tokenised."""
