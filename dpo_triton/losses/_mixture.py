@@ -92,6 +92,7 @@ class LossOptions(TypedDict, total=False):
     simpo_gamma: float
     cpo_alpha: float
     alpha: float
+    mean_chosen_length: float | Tensor
     kl: float | Tensor
     desirable_weight: float
     undesirable_weight: float
@@ -226,7 +227,8 @@ def _single(
 ) -> PreferenceLoss:
     loss = LOSSES[name]
     if loss.takes == "tokens":
-        return loss.function(chosen.reduced_to("sum"), chosen.lengths)
+        taken = {k: options[k] for k in loss.options if k in options}
+        return loss.function(chosen.reduced_to("sum"), chosen.lengths, **taken)
     every = {**options, "beta": beta}
     every["chosen_lengths"], every["rejected_lengths"] = chosen.lengths, rejected.lengths
     sequences = [chosen, rejected]
