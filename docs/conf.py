@@ -18,7 +18,7 @@ from sphinx.util import logging
 import dpo_triton
 
 sys.path.insert(0, str(Path(__file__).parent))
-import docstrings  # noqa: E402
+import docstrings
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/dpo-triton/dpo-triton"

@@ -38,7 +38,8 @@ def _blocks(lines: list[str]) -> list[list[str]]:
 
 def _paragraphs(block: list[str]) -> Iterator[str]:
     for is_indented, run in groupby(block, lambda line: line.startswith("    ")):
-        yield from _literal(list(run)) if is_indented else [_prose(list(run)), ""]
+        lines = list(run)
+        yield from _literal(lines) if is_indented else [_prose(lines), ""]
 
 
 def _items(lines: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from run_versions import COMBINATIONS
 
 import dpo_triton
 
@@ -98,6 +99,22 @@ def test_version_has_a_dated_entry_in_the_changelog():
     version, date = released[0]
     assert version == dpo_triton.__version__
     assert re.fullmatch(r" - \d{4}-\d\d-\d\d", date)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\ndate-released: {date.removeprefix(' - ')}\n" in citation
+
+
+def test_versions_are_said_alike():
+    """Of tools, in constraints and in the hooks before a commit; of floors, in what is tried."""
+    constraints = (ROOT / "constraints.txt").read_text()
+    if (ROOT / ".pre-commit-config.yaml").exists():  # not in an sdist
+        hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+        assert re.search(r"^ruff==(.*)$", constraints, re.MULTILINE)[1] in hooks
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest = COMBINATIONS["oldest"]
+    assert f'requires-python = ">={oldest.python}"' in project
+    for package in ("torch", "triton", "numpy"):
+        floor = re.search(rf'^    "{package}>=([\d.]+)', project, re.MULTILINE)[1]
+        assert getattr(oldest, package).startswith(f"{floor}."), package
 
 
 CODE = """
@@ -172,10 +189,11 @@ def test_a_checkout_without_links_says_what_to_do(built):
 
 def test_no_message_installs_a_name_that_is_not_ours():
     """Nothing is on a package index yet: an extra comes from the checkout."""
+    by_name = re.compile(r"""install ['"]?dpo[-_]triton\b(?!-\d)""")
     for folder in ("dpo_triton", "kernels", "benchmarks", "examples", "docs", "tools"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".md"):
-                assert not re.search(r"install ['\"]?dpo[-_]triton\b(?!-\d)", path.read_text()), path
+                assert not by_name.search(path.read_text()), path
 
 
 def test_kernels_is_a_link_in_the_checkout():

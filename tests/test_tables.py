@@ -31,8 +31,10 @@ def test_the_first_page_shows_every_size_and_the_worst_case():
 
 
 def test_a_changed_result_changes_the_page(tmp_path):
-    (tmp_path / "runs.csv").write_text("layers,head,seconds,peak_mib,speedup,num_tokens,num_scored,"
-                                       "machine,torch,trl,command\n4,TRL,2,1,1,8,4,M,2,1,cmd\n")
+    (tmp_path / "runs.csv").write_text(
+        "layers,head,seconds,peak_mib,speedup,num_tokens,num_scored,"
+        "machine,torch,trl,command\n4,TRL,2,1,1,8,4,M,2,1,cmd\n"
+    )
     page = "<!-- trl-step runs.csv -->\nold\n<!-- end -->\n"
     once = fill_tables.filled(page, tmp_path)
     assert "| 4 | TRL | 2.00 | 1 | 1.00x |" in once
