@@ -66,6 +66,12 @@ def _torch_backend() -> Backend:
 
 @functools.cache
 def _triton_backend() -> Backend:
+    if importlib.util.find_spec(".kernels", __package__) is None:
+        raise ModuleNotFoundError(
+            f"{os.path.join(os.path.dirname(__file__), 'kernels')} is a link to the kernels, and "
+            "this is a copy without symbolic links (a zip, or git on Windows); run `pip install .` "
+            'in it, which needs no links, or pass backend="torch"'
+        )
     from . import kernels
 
     # A GPU waits for the host where tiles are narrow.
