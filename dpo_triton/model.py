@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from ._language_model import (
     output_head,
 )
 from .linear import fused_linear_seq_logprob
-from .seq_logprob import Reduction
+from .seq_logprob import Reduction, Stat
 
 # What goes through the model's own treatment of logits, to see that it is the one we know of: from
 # where a softcap is a line to where it is flat.
@@ -120,7 +120,7 @@ def seq_logprob_from_model(
             temperature=temperature,
             logit_scale=scaling.logit_scale,
             softcap=scaling.softcap,
-            stats=[name for name in stats if name != "aux_loss"],
+            stats=cast("list[Stat]", [name for name in stats if name != "aux_loss"]),
             tile_bytes=tile_bytes,
             backend=backend,
         )

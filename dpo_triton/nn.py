@@ -17,8 +17,8 @@ from typing_extensions import Unpack
 
 from ._backends import BackendName
 from .dpo_loss import DPOLossOutput, fused_dpo_loss, fused_linear_dpo_loss
-from .losses import LOSSES, Layout, LossOptions
-from .seq_logprob import Reduction
+from .losses import LOSSES, Layout, LossName, LossOptions
+from .seq_logprob import DistributionStat, Reduction
 
 __all__ = ["DPOLoss", "LinearDPOLoss"]
 
@@ -27,7 +27,7 @@ class _PairOptions(LossOptions, total=False):
     """What both functions take beside tensors."""
 
     ref_reduction: Reduction | None
-    loss_type: str | Sequence[str]
+    loss_type: LossName | Sequence[LossName]
     loss_weights: Sequence[float] | None
     beta: float
     rpo_alpha: float | None
@@ -39,7 +39,7 @@ class _PairOptions(LossOptions, total=False):
     temperature: float
     logit_scale: float
     softcap: float | None
-    stats: Sequence[str]
+    stats: Sequence[DistributionStat]
     backend: BackendName
 
 

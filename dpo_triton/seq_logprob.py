@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Reduction = Literal["mean", "sum"]
-TokenStat = Literal["token_logps", "entropy", "mean_logit", "top1", "log_sum_sq_probs"]
+DistributionStat = Literal["entropy", "mean_logit", "top1", "log_sum_sq_probs"]
+TokenStat = Literal["token_logps", DistributionStat]
 Stat = Literal["lengths", TokenStat]
 
 

@@ -317,7 +317,7 @@ def _partials_kernel(
 
 def num_splits(num_columns: int) -> int:
     """Entries of the partials for each token."""
-    return (num_columns + SPLIT_V.value - 1) // SPLIT_V.value
+    return -(-num_columns // int(SPLIT_V.value))
 
 
 def partials(

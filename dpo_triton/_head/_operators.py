@@ -19,8 +19,8 @@ _PLAN = "ScalarType dtype, SymInt tile_bytes, bool[] needs, str backend"
 
 
 def _resolved(hidden: Tensor, plan: Sequence[Any]) -> Plan:
-    dtype, *rest, backend = plan
-    return Plan(dtype, *rest, resolve_backend(backend, hidden.device, dtype).name)
+    asked = Plan(*plan)
+    return asked._replace(backend=resolve_backend(asked.backend, hidden.device, asked.dtype).name)
 
 
 def _linear_logprob(

@@ -18,13 +18,18 @@ import torch
 from torch import Tensor
 
 from ..linear import fused_linear_token_logprob
-from ..seq_logprob import Reduction, fused_seq_logprob, fused_token_logprob
+from ..seq_logprob import (
+    DistributionStat,
+    Reduction,
+    fused_seq_logprob,
+    fused_token_logprob,
+)
 from ._patching import Integration, Replacement
 
 __all__ = ["chunked_log_probs", "enable", "fused", "get_batch_logps", "selective_log_softmax"]
 
 # TRL's names of what its head returns after the log-probabilities, in its order, and ours.
-_STATS = {
+_STATS: dict[str, DistributionStat] = {
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
     "mean_logits": "mean_logit",
@@ -87,7 +92,7 @@ def chunked_log_probs(
         logit_scale=logit_scale,
         softcap=final_logit_softcapping,
         # token_logps are free, and with them there always is a dict
-        stats=["token_logps", *(_STATS[name] for name in _STATS if name in outputs)],
+        stats=("token_logps", *(_STATS[name] for name in _STATS if name in outputs)),
     )
     entropy, log_sum_sq_probs, mean_logits, top1 = (
         stats[name][0] if name in stats else None for name in _STATS.values()

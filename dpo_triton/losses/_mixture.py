@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 
 Takes = Literal["sum", "mean", "tokens"]
+LossName = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "simpo", "cpo",
+    "orpo", "kto",
+]  # fmt: skip
 
 
 class Loss(NamedTuple):
