@@ -83,6 +83,16 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's tiles are so wide that a vocabulary of several would take the interpreter minutes."""
+    from dpo_triton import _backends
+
+    if HAS_TRITON:
+        narrow = _backends._triton_backend()._replace(tile_width=4096)
+        monkeypatch.setattr(_backends, "_triton_backend", lambda: narrow)
+
+
+@pytest.fixture(autouse=True)
 def fresh_seed(request: pytest.FixtureRequest) -> None:
     """Inputs are drawn anew in every run; --seed repeats one."""
     torch.manual_seed(request.config.getoption("--seed"))

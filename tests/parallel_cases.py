@@ -17,7 +17,8 @@ from torch import Tensor
 import dpo_triton
 from benchmarks.common.measure import map_buffers, peak_mib
 from benchmarks.parallel.ways import Sent
-from dpo_triton import VocabShard, _head
+from dpo_triton import VocabShard
+from dpo_triton._head import backward, forward
 
 
 class Case(NamedTuple):
@@ -278,14 +279,14 @@ def failing_stage_case(device: torch.device, stage: str, wrong_rank: int) -> dic
     shard = VocabShard(5 * rank, 5 * rank + 5)
     own = weight[shard.start : shard.stop].requires_grad_()
     hidden.requires_grad_()
-    original = _head.partials.fill_
+    original = forward.fill_
 
     def out_of_memory(*args: Any) -> None:
         raise MemoryError("no room for a tile")
 
     def step() -> None:
         if stage == "forward" and rank == wrong_rank:
-            _head.partials.fill_ = out_of_memory
+            forward.fill_ = out_of_memory
         value = dpo_triton.fused_linear_seq_logprob(
             hidden,
             own,
@@ -295,13 +296,13 @@ def failing_stage_case(device: torch.device, stage: str, wrong_rank: int) -> dic
             tile_bytes=4,  # no tile is kept
         )
         if stage == "backward" and rank == wrong_rank:
-            _head.grad.fill_ = out_of_memory
+            backward.fill_ = out_of_memory
         value.sum().backward()
 
     try:
         return failing(step)
     finally:
-        _head.partials.fill_ = _head.grad.fill_ = original
+        forward.fill_ = backward.fill_ = original
 
 
 def missing_rank_case(

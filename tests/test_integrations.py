@@ -149,6 +149,19 @@ def test_llama_factory(ld_alpha, dtype, device):
         assert logps[-1] == lengths[-1] == 0
 
 
+def test_llama_factory_whatever_the_default_dtype():
+    logits, labels = make_logits(2, 14, 130), make_labels(2, 14, 130)
+    labels[1] = -100
+    expected, _ = llama_factory.get_batch_logps(logits, labels, ld_alpha=0.3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got, _ = llama_factory.get_batch_logps(logits, labels, ld_alpha=0.3)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got, expected)
+
+
 def test_llama_factory_lists_rows_that_are_not_pairs():
     with pytest.raises(ValueError, match=r"even number of rows with ld_alpha.* got 3"):
         llama_factory.get_batch_logps(make_logits(3, 5, 9), make_labels(3, 5, 9), ld_alpha=0.5)

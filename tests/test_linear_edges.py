@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 from batches import assert_close, fused, max_error
-from head_batches import ALL, FROZEN, HeadBatch, linear_truth, make_head_batch, value_and_grads
-
-from dpo_triton._head import TILE_V
+from head_batches import (
+    ALL,
+    FROZEN,
+    TILE_V,
+    HeadBatch,
+    linear_truth,
+    make_head_batch,
+    value_and_grads,
+)
 
 NAN, INF = math.nan, math.inf
 

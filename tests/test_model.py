@@ -1,73 +1,26 @@
 """A transformers model's sequence log-probabilities, against its own full logits in float64."""
 
 import copy
-import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from batches import max_error
 from processes import run_processes
+from tiny_models import (
+    FAMILIES,
+    SLOW,
+    SMALL,
+    VOCAB_SIZE,
+    by_full_logits,
+    tiny_batch,
+    tiny_model,
+    transformers,
+)
 from torch import Tensor, nn
 
 from dpo_triton import reference, seq_logprob_from_model
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
-
-# Odd, and no multiple of anything: a head's last tile is never full.
-VOCAB_SIZE = 517
-SMALL = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=32,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-# What is peculiar to the head of each.
-FAMILIES = {
-    "llama": {},
-    "qwen3": dict(tie_word_embeddings=True),
-    "gemma2": dict(final_logit_softcapping=3.0),
-    "gemma3_text": dict(final_logit_softcapping=2.0),
-    "cohere": dict(logit_scale=0.25),
-    "granite": dict(logits_scaling=4.0, embedding_multiplier=3.0),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=32),
-    "phi": {},  # a bias
-    "falcon_h1": dict(
-        lm_head_multiplier=0.5, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16
-    ),
-}
-SLOW = ("falcon_h1",)
-
-
-def tiny_model(
-    family: str, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-) -> nn.Module:
-    config = transformers.AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with torch.no_grad():  # so large that a softcap bends, and no gradient is near 0
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)
-    return model.to(device)
-
-
-def tiny_batch(device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Three answers, the second sequence padded, and one sequence without an answer."""
-    input_ids = torch.randint(3, VOCAB_SIZE, (4, 11))
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, 7:] = 0
-    mask = torch.zeros(4, 11)
-    mask[0, 4:] = torch.rand(7) + 0.5
-    mask[1, 3:7] = 1
-    mask[3, 10:] = 1
-    batch = dict(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
-    return {name: x.to(device) for name, x in batch.items()}
+from dpo_triton._language_model import logit_scaling
 
 
 def gradients(values: Tensor, model: nn.Module, upstream: Tensor) -> dict[str, Tensor]:
@@ -77,11 +30,6 @@ def gradients(values: Tensor, model: nn.Module, upstream: Tensor) -> dict[str, T
         name: torch.zeros_like(p) if grad is None else grad
         for (name, p), grad in zip(named.items(), grads, strict=True)
     }
-
-
-def by_full_logits(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return reference.seq_logprob(logits, batch["input_ids"], batch["mask"], shift=True, **options)
 
 
 def in_float64(model: nn.Module, *args: Tensor, **options):
@@ -106,6 +54,41 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor], rtol: float = 1e-9) 
 )
 def test_values_and_gradients_of_every_parameter(family, device):
     assert_same(tiny_model(family, device=device), tiny_batch(device))
+
+
+def test_xlstm():
+    """Its own backward pass fails on a CPU, and its logits are float32 whatever its weights are."""
+    config = transformers.xLSTMConfig(
+        **SMALL | dict(hidden_size=64, head_dim=16),
+        output_logit_soft_cap=3.0,
+        num_heads=4,
+        num_blocks=1,
+        qk_dim_factor=1.0,
+        chunk_size=11,
+        mode="train",
+    )
+    model, batch = transformers.xLSTMForCausalLM(config).double().eval(), tiny_batch()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        exact = by_full_logits(model, batch)
+        assert max_error(seq_logprob_from_model(model, **batch), exact) <= 1e-5
+
+
+def test_mpts_scale_in_words():
+    """MosaicML's class, which is not in transformers, reads it; other words are refused."""
+
+    class MPTForCausalLM(nn.Module):
+        def __init__(self, logit_scale):
+            super().__init__()
+            self.config = SimpleNamespace(d_model=16, logit_scale=logit_scale)
+
+        def get_output_embeddings(self):
+            raise AssertionError
+
+    assert logit_scaling(MPTForCausalLM("inv_sqrt_d_model")).logit_scale == 0.25
+    with pytest.raises(ValueError, match=r"logit_scale .* must be a number .*, got 'half'"):
+        logit_scaling(MPTForCausalLM("half"))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
@@ -211,7 +194,7 @@ def test_errors_and_a_head_left_as_it_was():
         seq_logprob_from_model(nn.Linear(3, 3), **batch)
     model = tiny_model("llama")
     backbone = transformers.AutoModel.from_config(model.config)
-    with pytest.raises(TypeError, match=r"must be a torch.nn.Linear, got NoneType"):
+    with pytest.raises(TypeError, match=r"got LlamaModel, which ends in hidden states"):
         seq_logprob_from_model(backbone, **batch)
     with pytest.raises(ValueError, match="mask must have the shape of labels"):
         seq_logprob_from_model(model, batch["input_ids"], mask=batch["mask"][:, 1:])
