@@ -8,7 +8,7 @@ float64 first: where they are wrong nothing is reported, and it exits with 1.
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported: interpreted code has no PTX
@@ -21,7 +21,7 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
 from benchmarks.common import command
 from benchmarks.common.peers import brief, collect
 from benchmarks.common.report import Figures, file_stem, write_csv
-from benchmarks.kernel import model, rows
+from benchmarks.kernel import model, published, rows, whole
 from benchmarks.kernel.counts import (
     ALL,
     CASES,
@@ -38,11 +38,10 @@ from benchmarks.kernel.counts import (
     read_loop,
 )
 from benchmarks.kernel.peers import KernelPeer, candidates
+from gpu_lab.devices import DEVICES
 from gpu_lab.driver import emulate
-from gpu_lab.model import DEVICES, check
 
 VOCAB_SIZE, DTYPE, TARGETS = 131072, "bfloat16", ["sm_90", "sm_100"]
-AMD_TARGET = "gfx942"  # compiled, not run
 BATCH, SEQ_LEN, QUICK_SEQ_LEN = 2, 16, 4
 MODELLED_CASES = (ALL, HALF_SHIFT)
 
@@ -91,7 +90,9 @@ def count_all(
     labels = torch.randint(args.vocab, shape[:2], generator=generator)
     batches = {case: make_inputs(logits, labels, case) for case in CASES}
     figures, wrong = Figures(), []
-    with tqdm(total=len(peers) * (len(CASES) + len(args.target)), unit="run", leave=False) as bar:
+    shapes = whole.SHAPES[:1] if args.quick else whole.SHAPES
+    steps = len(CASES) - 1 + len({*args.target, *(d.target for d in DEVICES)}) + len(shapes)
+    with tqdm(total=len(peers) * steps, unit="run", leave=False) as bar:
         for peer in peers:
 
             def step(what: str, name: str = peer.name) -> None:
@@ -99,7 +100,7 @@ def count_all(
                 bar.update()
 
             try:
-                new, complaints = count_peer(peer, batches, args.target, step)
+                new, complaints = count_peer(peer, batches, args.target, shapes, step)
             except Exception as error:
                 if peer.ours:
                     raise
@@ -114,24 +115,26 @@ def count_peer(
     peer: KernelPeer,
     batches: dict[Case, Inputs],
     targets: list[str],
+    shapes: Sequence[whole.Shape],
     step: Callable[[str], None],
 ) -> tuple[Figures, list[str]]:
-    """All cases on the first target, one on the others, and the machine code of all of them."""
+    """All cases on the first target, one on the others, and the machine code of all devices."""
     figures, wrong = Figures(), []
     loops: dict[tuple[str, str], Loop] = {}
     works: dict[Case, dict[str, Work]] = {}
-    for target in [*targets, AMD_TARGET]:
+    compiled = dict.fromkeys(device.target for device in DEVICES if device.target not in targets)
+    for target in [*targets, *compiled]:
         for case in CASES if target == targets[0] else [ALL]:
             step(f"{target}, scored: {case}")
             inputs = batches[case]
-            counted = count(peer, inputs, target)
+            counted = count(peer, inputs, target, runs=target in targets)
             if case == ALL:
                 for passes in PASSES:
                     loop = read_loop(counted.streaming[passes], inputs.logits.dtype)
                     if loop is not None:
                         loops[target, passes] = loop
                         figures += model.loop_rows(peer.name, target, passes, case, loop)
-            if target == AMD_TARGET:
+            if target not in targets:
                 continue
             error = complaint(peer, inputs, counted)
             if error is not None:
@@ -141,6 +144,10 @@ def count_peer(
             figures += model.work_rows(peer.name, target, inputs, counted.work, per_token)
     for case in MODELLED_CASES:
         figures += model.modelled_rows(peer.name, batches[case], works[case], loops)
+    dtype = batches[ALL].logits.dtype
+    for shape in shapes:
+        step(str(shape))
+        figures += whole.whole_rows(peer, shape, dtype, targets[0], loops, DEVICES)
     return figures, wrong
 
 
@@ -155,14 +162,10 @@ def print_tables(figures: Figures, args: argparse.Namespace) -> None:
     print(f"\nmodelled times of {model.ROWS} rows; {where}\n")
     print(rows.model_table(figures), rows.MODEL_NOTES, sep="\n\n")
     print(rows.STATIC_NOTE + args.target[0] + ".")
-    missing = [d.name for d in DEVICES if d.target not in (*args.target, AMD_TARGET)]
-    if missing:
-        print(f"not modelled: {', '.join(missing)}: pass its --target")
-    modelled, published = check()
-    print(
-        f"the model's check: TRL's forward of 8192 x 151936 on an H100: modelled {modelled:.2f} ms,"
-        f" published {published:.2f} ms"
-    )
+    print("\nthe whole time of a call, modelled\n")
+    print(whole.table(figures), whole.NOTES, sep="\n\n")
+    print("\nthe model beside published times\n")
+    print(published.COLUMNS.table(published.checks()[: 1 if args.quick else None]))
 
 
 def measure_gpu(

@@ -29,8 +29,8 @@ from benchmarks.kernel.counts import ALL, BACKWARD, complaint, count, make_input
 from benchmarks.kernel.model import modelled_rows
 from benchmarks.kernel.peers import KernelPeer, candidates
 from benchmarks.kernel.rows import BINDING, TIME, next_resource
+from gpu_lab.devices import DEVICES
 from gpu_lab.driver import emulate
-from gpu_lab.model import DEVICES
 
 PASSES = {"partials": FORWARD, "grad": BACKWARD}
 BLOCKS, THREADS = (512, 1024, 2048, 4096), (32, 64, 128, 256)

@@ -51,6 +51,13 @@ class Codegen(NamedTuple):
     shortest_loop_instructions: Counter[str]  # of those, the shortest way round
 
     @property
+    def blocks(self) -> int:
+        """Programs that a multiprocessor holds together."""
+        is_nvidia = self.target.startswith("sm_")
+        most = sass.LIMITS[self.target].warps if is_nvidia else amdgcn.SIMDS * amdgcn.WAVES_PER_SIMD
+        return round(self.occupancy * most / self.num_warps)
+
+    @property
     def barriers_in_loop(self) -> int:
         return _count(self.loop_instructions, self._vendor.is_barrier)
 

@@ -52,8 +52,8 @@ class Launch(NamedTuple):
 class Lab:
     """What a driver saw while it was active."""
 
-    def __init__(self, runs: Callable[[Launch], bool]) -> None:
-        self.runs = runs
+    def __init__(self, runs: Callable[[Launch], bool], follows_chains: bool) -> None:
+        self.runs, self.follows_chains = runs, follows_chains
         self.kernels: list[Kernel] = []  # loaded here for the first time
         self.records: list[Launch] = []
 
@@ -87,7 +87,10 @@ class _Launcher:
         launch = Launch(self.kernel, grid, arguments, None)
         if self.program is not None and self.driver.schedule is not None and lab.runs(launch):
             values, shared = list(arguments.values()), self.metadata.shared
-            counts = machine.run(self.program, grid, values, shared, self.driver.schedule)
+            counts = machine.run(
+                self.program, grid, values, shared, self.driver.schedule,
+                follows_chains=lab.follows_chains,
+            )  # fmt: skip
             launch = launch._replace(counts=counts)
         lab.records.append(launch)
 
@@ -161,14 +164,16 @@ def emulate(
     target: str,
     schedule: Schedule | None = "lockstep",
     runs: Callable[[Launch], bool] = lambda launch: True,
+    follows_chains: bool = False,
 ) -> Iterator[Lab]:
     """Make kernels compile for `target` and run on CPU tensors.
 
     With schedule None, and for an AMD target, they only compile: outputs stay unwritten. So do
-    those of a launch that `runs` says no to, which may write them itself.
+    those of a launch that `runs` says no to, which may write them itself. With follows_chains the
+    counts have the longest chain of dependent instructions.
     """
     driver = _drivers.setdefault(target, EmulatedDriver(target))
-    driver.schedule, driver.lab = schedule, Lab(runs)
+    driver.schedule, driver.lab = schedule, Lab(runs, follows_chains)
     hooks = triton.knobs.runtime.kernel_load_start_hook
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)

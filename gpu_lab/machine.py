@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .clock import LATENCY, Clock
 from .instructions import OPERATIONS
 from .memory import NUMPY, UNSIGNED, GlobalMemory, SharedMemory
 from .ptx import Address, Immediate, Name, Not, Operand, Program, Register, Special
@@ -39,6 +40,7 @@ class Counts(NamedTuple):
     bytes_loaded: int  # from global memory, by every lane: repeated reads count again
     bytes_stored: int
     distinct: Counter[str]  # "load", ... -> bytes; a word that lanes access together counts once
+    longest_chain: dict[str, float]  # `clock.CLASSES` -> instructions, of the slowest block
 
 
 def run(
@@ -48,6 +50,7 @@ def run(
     shared_bytes: int,
     schedule: Schedule = "lockstep",
     seed: int = 0,
+    follows_chains: bool = False,
 ) -> Counts:
     """Run every block of the grid; tensors are read and written in place.
 
@@ -55,6 +58,7 @@ def run(
         arguments: in the order of the program's parameters; those it has beyond them are 0.
         schedule: "lockstep" runs all threads together; "warps" runs one warp of each block, drawn
             at random, until it has to wait: warps are as far apart as barriers let them be.
+        follows_chains: find the longest chain of dependent instructions, which takes its time.
 
     Raises:
         MemoryError: an access that a GPU would not allow, or would answer differently each time.
@@ -65,14 +69,21 @@ def run(
     parameters = [_bits(a, t) for a, t in zip(arguments, program.param_types, strict=False)]
     parameters += [np.uint64(0)] * (len(program.param_types) - len(parameters))
     machine = Machine(program, grid, parameters, memory, shared_bytes, schedule, seed)
+    chains: list[dict[str, float]] = [{}]
     num_blocks = int(np.prod(grid))
     together = max(1, MAX_LANES // program.num_threads)
     with np.errstate(all="ignore"):
         for first in range(0, num_blocks, together):
-            machine.run_blocks(np.arange(first, min(first + together, num_blocks)))
+            blocks = np.arange(first, min(first + together, num_blocks))
+            warps = len(blocks) * program.num_threads // WARP
+            machine.clock = Clock(warps, warps // len(blocks)) if follows_chains else None
+            machine.run_blocks(blocks)
+            if machine.clock is not None:
+                chains.append(machine.clock.longest())
     return Counts(
         program.name, num_blocks, program.num_threads, machine.executed, memory.lanes,
         memory.num_bytes("load"), memory.num_bytes("store"), memory.distinct,
+        max(chains, key=lambda chain: sum(LATENCY[name] * n for name, n in chain.items())),
     )  # fmt: skip
 
 
@@ -107,6 +118,7 @@ class Machine:
         self.shared_bytes = shared_bytes
         self.schedule = schedule
         self.random = np.random.default_rng(seed)
+        self.clock: Clock | None = None
         self.executed: Counter[str] = Counter()
         self.block_starts = program.block_starts
         self.steps = []
@@ -169,15 +181,20 @@ class Machine:
         if (places != places[:, :1]).any():
             raise RuntimeError("threads of a block wait at different barriers")
         self.shared.pass_barrier(np.flatnonzero(complete))
+        if self.clock is not None:
+            self.clock.meet(np.flatnonzero(complete))
         waits[complete] = False
 
     def _run_straight(self, index: int, mask: np.ndarray) -> None:
         """From one instruction until threads may part, meet, wait or end."""
         everybody = bool(mask.all())
-        num_warps = int(mask.reshape(-1, WARP).any(1).sum())
+        warps = np.flatnonzero(mask.reshape(-1, WARP).any(1))
+        num_warps = warps.size
         while index < len(self.steps):
             instruction, operation = self.steps[index]
             self.executed[instruction.opcode] += num_warps
+            if self.clock is not None:
+                self.clock.step(instruction, warps)
             active = None if everybody else mask
             if instruction.guard is not None:
                 guard = self.read_predicate(instruction.guard) ^ instruction.negated

@@ -1,40 +1,23 @@
-"""Modelled time of a kernel from bytes, issue slots and pipe cycles; never a measurement.
+"""Modelled time of a kernel from what it moves and executes; never a measurement.
 
-Each resource alone gives a lower bound; the model says that the largest is the time. Launches,
-latency that too few warps fail to hide, and the tail of the last blocks are left out.
+`modelled_time` is of a kernel that streams: each resource alone gives a lower bound, the largest is
+the time. `launch_seconds` is of any launch: it adds what a short one is made of, which is the
+launch itself, blocks that do not fill the card, float64, and chains of dependent instructions.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from .clock import LATENCY
+from .devices import Device
+from .machine import WARP, Counts
 
-class Device(NamedTuple):
-    name: str
-    target: str  # as `codegen.Codegen` names it
-    bytes_per_s: float  # of memory, as published
-    streaming_efficiency: float  # share of it that a kernel that only streams reaches
-    multiprocessors: int  # AMD: compute units
-    sub_partitions: int  # of a multiprocessor; AMD: SIMDs
-    clock_hz: float  # boost
-    warp_size: int
-    issue_cycles: float  # of a sub-partition, for one instruction of one warp
-
-
-# H100 SXM5: NVIDIA's H100 architecture white paper and data sheet: 132 SMs, 3.35 TB/s, and
-# 66.9 TFLOP/s of float32, which is 132 * 128 * 2 a clock at 1.98 GHz. 0.90 of the memory's speed is
-# what QuACK's softmax and cross-entropy reach there (3.0 TB/s, its authors' figure).
-H100 = Device("H100 SXM", "sm_90", 3.35e12, 0.90, 132, 4, 1.98e9, 32, 1.0)
-# H200: the same processor with 4.8 TB/s (data sheet); the efficiency is assumed.
-H200 = Device("H200", "sm_90", 4.8e12, 0.90, 132, 4, 1.98e9, 32, 1.0)
-# B200: 8 TB/s (data sheet); 148 SMs, 1.9 GHz and the efficiency are assumed.
-B200 = Device("B200", "sm_100", 8.0e12, 0.90, 148, 4, 1.9e9, 32, 1.0)
-# MI300X: data sheet: 304 compute units, 2.1 GHz, 5.3 TB/s; the efficiency is assumed. In each cycle
-# a compute unit turns to one of its four SIMDs and issues up to five instructions of its waves,
-# each of another kind: 4 cycles of a SIMD over 5. A vector instruction then holds its SIMD for
-# 4 cycles, a transcendental one for 16 (see `amdgcn.pipe_cycles`), so issue hardly ever binds.
-MI300X = Device("MI300X", "gfx942", 5.3e12, 0.90, 304, 4, 2.1e9, 64, 4 / 5)
-
-DEVICES = (H100, H200, B200, MI300X)
+# Seconds from the end of one kernel of a stream to the first instruction of the next, and at its
+# end until all stores are seen: assumed, as timelines of eager PyTorch show.
+LAUNCH_SECONDS = 2.0e-6
+# Cycles of a load that no cache has, at an SM: 466 (A100), 541 (RTX 4090), 479 (H100): Luo et al.
+# 2024, arXiv:2402.13499, from memory.
+DRAM_CYCLES = 500.0
 
 # What a pipe of `Codegen.pipe_cycles` is called in a modelled time.
 RESOURCES = {
@@ -92,28 +75,39 @@ def modelled_time(
     return Modelled(seconds[binding], binding, seconds)
 
 
-# https://github.com/huggingface/trl/issues/7244: the fused log-probability and entropy forward that
-# became TRL 1.16's, bfloat16, 8192 tokens of 151936 logits, on one H100; measured by its authors.
-PUBLISHED_TRL_MS = 0.89
-TRL_TOKENS, TRL_VOCAB_SIZE = 8192, 151936
-# Its kernels/logprob_entropy.py for sm_90, tiles of 1024 and 4 warps, read by `codegen` (Triton
-# 3.7.1): static counts of the loop. lsu: the sums of a tile, 8 logits a thread, by shuffles.
-TRL_INSTRUCTIONS_PER_LOGIT = 24.0
-TRL_PIPE_CYCLES = {"fma": 9.4, "fmaheavy": 2.0, "alu": 14.0, "mufu": 9.0, "lsu": 18.5}
+def launch_seconds(
+    device: Device,
+    counts: Counts,
+    *,
+    num_blocks: int,
+    blocks_per_multiprocessor: int,
+    num_bytes: float,
+) -> dict[str, float]:
+    """Return what each part of a launch's time would take alone; `whole` says how they add up.
 
-
-def check() -> tuple[float, float]:
-    """Return the time of TRL 1.16's forward on an H100, in ms: (modelled, published).
-
-    Issue slots bind, 8 % above memory and 30 % above loads and shuffles. So this tries the clock
-    and the issue rate; it says less of the pipes and of memory, and it is one kernel.
+    Args:
+        counts: of an emulated launch of blocks like these, with its longest chain.
+        num_blocks: of the launch, which may have more than those counted.
+        blocks_per_multiprocessor: that are resident together.
+        num_bytes: that cross the memory bus.
     """
-    num_logits = TRL_TOKENS * TRL_VOCAB_SIZE
-    modelled = modelled_time(
-        H100,
-        num_bytes=2 * num_logits,
-        num_logits=num_logits,
-        instructions_per_logit=TRL_INSTRUCTIONS_PER_LOGIT,
-        pipe_cycles_per_32_logits=TRL_PIPE_CYCLES,
-    )
-    return modelled.seconds * 1e3, PUBLISHED_TRL_MS
+    busiest = -(-num_blocks // device.multiprocessors)  # blocks of the busiest multiprocessor
+    executed = counts.instructions
+    float64 = sum(n for opcode, n in executed.items() if "f64" in opcode.split(".")[1:])
+    issued = sum(n for opcode, n in executed.items() if not opcode.startswith(("mov", "cvta")))
+    per_block = busiest / counts.num_blocks / device.clock_hz
+    waves = -(-num_blocks // (device.multiprocessors * blocks_per_multiprocessor))
+    latency = LATENCY | {"float64": device.float64_latency}
+    chain = sum(latency[name] * n for name, n in counts.longest_chain.items()) + DRAM_CYCLES
+    return {
+        "launch": LAUNCH_SECONDS,
+        "memory": num_bytes / (device.bytes_per_s * device.streaming_efficiency),
+        "issue slots": per_block * issued * device.issue_cycles / device.sub_partitions,
+        "float64": per_block * float64 * WARP / device.float64_lanes,
+        "dependent instructions": waves * chain / device.clock_hz,
+    }
+
+
+def whole(parts: Mapping[str, float]) -> float:
+    """The launch, and then what takes longest."""
+    return parts["launch"] + max(s for name, s in parts.items() if name != "launch")

@@ -117,11 +117,11 @@ class TorchTraffic(TorchDispatchMode):
         return [x for x in values if isinstance(x, Tensor) and x.numel() >= self.least]
 
 
-def count(peer: KernelPeer, inputs: Inputs, target: str) -> Counted:
-    """Run a forward and a training step, emulated; for an AMD target only compile them."""
+def count(peer: KernelPeer, inputs: Inputs, target: str, runs: bool = True) -> Counted:
+    """Run a forward and a training step, emulated; or only compile them, as always for AMD."""
     logits, labels, mask, case = inputs
     forward_traffic, traffic = (TorchTraffic(logits.shape[-1]) for _ in range(2))
-    with peer.on_target(target), emulate(target) as lab:
+    with peer.on_target(target), emulate(target, runs=lambda launch: runs) as lab:
         copy = logits.clone()  # Liger writes zeros into rows that are not scored
         with torch.no_grad(), forward_traffic:
             values = peer.fn(copy, labels, mask, case.shift)

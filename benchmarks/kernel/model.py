@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from benchmarks.common.report import FORWARD, Figure
 from benchmarks.kernel.counts import BACKWARD, PASSES, Case, Inputs, Loop, Work
 from benchmarks.kernel.rows import BINDING, FLOOR, MEMORY, PTX, SASS, TIME
-from gpu_lab.model import DEVICES, Device, modelled_time
+from gpu_lab.devices import DEVICES, Device
+from gpu_lab.model import modelled_time
 
 ROWS = 8192  # of logits, in a modelled time
 

@@ -40,10 +40,10 @@ PyTorch: of both passes; derived, not counted: what PyTorch's own operators on l
 MODEL_NOTES = """\
 modelled: nothing here was measured. The largest of bytes over 90 % of the memory's speed, SASS
   issue slots and pipe cycles; PyTorch's own operators after that, by their bytes. Launches, latency
-  and tails are left out. Each cell: ms; over the floor, which is the time of the least bytes that
-  the pass must move; and which resource binds the kernel."""
+  are in the table of whole times. Each cell: ms; over the floor, which is the time of the least
+  bytes that the pass must move; and which resource binds the kernel."""
 STATIC_NOTE = (
-    "MI300X: its machine code is read, not run: bytes are those that the emulator counted for "
+    "other targets' machine code is read, not run: bytes are those that the emulator counted for "
 )
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from benchmarks.common.peers import OURS
 from benchmarks.parallel.ways import GATHERED, MEGATRON
-from gpu_lab.model import H100
+from gpu_lab.devices import H100
 
 # NVIDIA H100 data sheet (SXM): 989 TFLOP/s of dense bfloat16; NVLink 900 GB/s, half of it each way.
 # DGX H100 user guide: one ConnectX-7 of 400 Gbit/s for each of the eight GPUs of a machine.
