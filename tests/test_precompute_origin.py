@@ -52,6 +52,7 @@ def test_another_model_or_tokenizer_is_refused(is_complete, tmp_path, monkeypatc
         kept = journal_of(model, dataset, path, monkeypatch)
     content = kept.read_bytes()
     for name, (other, tokenizer, complaint) in others(model).items():
+        other.batches.clear()
         with pytest.raises(ValueError, match=complaint) as error:
             run(other, dataset, path, tokenizer=tokenizer)
         assert "made for another" in str(error.value), name
