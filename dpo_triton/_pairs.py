@@ -40,6 +40,8 @@ class DPOMetrics(NamedTuple):
 
 
 class DPOLossOutput(NamedTuple):
+    """What `fused_dpo_loss` and `fused_linear_dpo_loss` return."""
+
     loss: Tensor  # scalar, float32, or float64 for float64 inputs
     metrics: DPOMetrics
 

@@ -58,16 +58,18 @@ FAMILIES: dict[str, dict[str, object]] = {
 SLOW = ("falcon_h1",)
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> nn.Module:
     config = transformers.AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():  # so large that a softcap bends, and no gradient is near 0
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
-    return model
+    return model.to(device)
 
 
-def tiny_batch() -> dict[str, Tensor]:
+def tiny_batch(device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Three answers, the second sequence padded, and one sequence without an answer."""
     input_ids = torch.randint(3, VOCAB_SIZE, (4, 11))
     attention_mask = torch.ones_like(input_ids)
@@ -76,7 +78,8 @@ def tiny_batch() -> dict[str, Tensor]:
     mask[0, 4:] = torch.rand(7) + 0.5
     mask[1, 3:7] = 1
     mask[3, 10:] = 1
-    return dict(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
+    batch = dict(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 def by_full_logits(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:

@@ -26,7 +26,7 @@ from ._ref_file import (
     ref_logps_of,
     write_file,
 )
-from ._rows import NAMES, Hashes, PreferenceRow, checked_hashes, row_hash
+from ._rows import MASKS, NAMES, Hashes, PreferenceRow, checked_hashes, row_hash
 
 
 def precompute_ref_logps(
@@ -59,7 +59,8 @@ def precompute_ref_logps(
             PEFT's: call this inside of `model.disable_adapter()`; the file is then the base
             model's, before and after training.
         dataset: N mappings with "prompt_ids", "chosen_ids" and "rejected_ids", lists of token ids
-            as in TRL; the answers' end with eos where the policy is to learn it. Read by len() and
+            as in TRL; the answers' end with eos where the policy is to learn it; beside them
+            "chosen_mask" and "rejected_mask" where not all of an answer counts. Read by len() and
             [i], once to check it and once to score it; no row is kept. The prompt has a token at
             least, for it predicts the answer's first.
         path: of the file, customarily .safetensors.
@@ -146,10 +147,20 @@ def score_pairs(
 def collate_pairs(
     rows: Sequence[PreferenceRow], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`collate` of B pairs: all chosen, then all rejected; each (2B, T)."""
+    """`collate` of B pairs: all chosen, then all rejected; each (2B, T).
+
+    A row may have "chosen_mask" and "rejected_mask", 0 at ids of an answer that do not count.
+    """
     answers = [(row["prompt_ids"], row[name]) for name in NAMES[1:] for row in rows]
     ids = [[*prompt, *answer] for prompt, answer in answers]
-    return collate(ids, [len(prompt) for prompt, _ in answers], device)
+    collated = collate(ids, [len(prompt) for prompt, _ in answers], device)
+    mask = collated[2]
+    masks = [row.get(name) for name in MASKS for row in rows]
+    for b, (answer_mask, (prompt, _)) in enumerate(zip(masks, answers, strict=True)):
+        if answer_mask is not None:
+            end = len(prompt) + len(answer_mask)
+            mask[b, len(prompt) : end] = torch.as_tensor(answer_mask, device=device)
+    return collated
 
 
 def collate(

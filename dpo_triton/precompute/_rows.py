@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's
+MASKS = ("chosen_mask", "rejected_mask")  # of a row that has them
 ROW_HASH = np.dtype("V16")
 
 PreferenceRow = Mapping[str, Any]  # prompt_ids, chosen_ids, rejected_ids: each a list of ints
@@ -15,11 +16,15 @@ Hashes = np.ndarray[Any, np.dtype[np.void]]  # (n,) of ROW_HASH
 
 
 def row_hash(row: PreferenceRow) -> np.void:
-    """BLAKE2 of the three lists of ids and their lengths."""
+    """BLAKE2 of the three lists of ids and their lengths, and of a mask that leaves an id out."""
     digest = hashlib.blake2b(digest_size=ROW_HASH.itemsize)
     for name in NAMES:
         ids = np.asarray(row[name], dtype="<i8")
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    for name in MASKS:
+        mask = row.get(name)
+        if mask is not None and 0 in mask:
+            digest.update(name.encode() + np.asarray(mask, dtype="<i8").tobytes())
     return np.void(digest.digest())
 
 
@@ -52,6 +57,13 @@ def _check_row(row: PreferenceRow, number: int, vocab_size: int) -> None:
             raise ValueError(
                 f"row {number}: {name} must be in [0, {vocab_size}), got {outside[0]}; the "
                 "tokenizer is not the model's, or -100 came in with labels"
+            )
+    for name, mask_name in zip(NAMES[1:], MASKS, strict=True):
+        mask = row.get(mask_name)
+        if mask is not None and (len(mask) != len(row[name]) or not set(mask) <= {0, 1}):
+            raise ValueError(
+                f"row {number}: {mask_name} must have a 0 or 1 for each of {len(row[name])} "
+                f"{name}, got {len(mask)}; leave it out where the whole answer counts"
             )
     if len(row["prompt_ids"]) == 0:
         raise ValueError(
