@@ -148,6 +148,16 @@ def test_autocast(device):
     assert model.lm_head.weight.grad.isfinite().all()
 
 
+def test_autocast_leaves_a_float64_model_alone():
+    """As it leaves PyTorch's own products of float64: values are float64, and say so."""
+    model, batch = tiny_model("llama"), tiny_batch()
+    exact = by_full_logits(model, batch).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = in_float64(model, **batch)
+    assert values.dtype == torch.float64
+    assert max_error(values, exact) <= 1e-12
+
+
 def test_lora_of_the_backbone_and_a_saved_head(device):
     peft = pytest.importorskip("peft")
     for extra in ({}, dict(modules_to_save=["lm_head"])):

@@ -72,13 +72,13 @@ def test_packed_rows_equal_each_alone(family):
         assert max_error(a, b) <= tolerance * (1 + float(b.abs().max()))
 
 
-def test_packed_rows_with_a_mask():
+def test_packed_rows_with_a_mask_and_padding_after_the_last():
     model, sequences = tiny_model("llama"), draw_sequences()
-    packed, mask = torch.cat(sequences), torch.rand(sum(LENGTHS))
+    packed, mask = torch.cat([*sequences, torch.tensor([7, 7])]), torch.rand(sum(LENGTHS) + 2)
     values = seq_logprob_from_model(
         model, packed, mask=mask, cu_seqlens=cu_seqlens_of(sequences), reduction="sum"
     )
-    weights = mask.split(LENGTHS)
+    weights = mask[:-2].split(LENGTHS)
     for i, ids in enumerate(sequences):
         exact = alone(model, [ids], mask=weights[i][None], reduction="sum")
         assert max_error(values[i], exact[0].detach()) <= 1e-9

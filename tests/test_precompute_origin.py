@@ -52,6 +52,7 @@ def test_another_model_or_tokenizer_is_refused(is_complete, tmp_path, monkeypatc
         kept = journal_of(model, dataset, path, monkeypatch)
     content = kept.read_bytes()
     for name, (other, tokenizer, complaint) in others(model).items():
+        other.batches.clear()
         with pytest.raises(ValueError, match=complaint) as error:
             run(other, dataset, path, tokenizer=tokenizer)
         assert "made for another" in str(error.value), name
@@ -143,7 +144,19 @@ def test_a_checksum_of_all_bytes(dtype, size):
 
 
 def test_a_checksum_of_shards_is_that_of_the_whole():
-    """What wraps tensors counts as the tensors inside."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        whole = torch.randn(5, 3)
+        assert tensor_checksum(distribute_tensor(whole, mesh, [Shard(0)])) == tensor_checksum(whole)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_checksum_of_what_wraps_tensors_is_of_those_inside():
     from torch.testing._internal.two_tensor import TwoTensor
 
     inner = torch.randn(3), torch.randn(3)

@@ -23,7 +23,7 @@ def row_hash(row: PreferenceRow) -> np.void:
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
     for name in MASKS:
         mask = row.get(name)
-        if mask is not None and 0 in mask:
+        if mask is not None and not np.all(mask):
             digest.update(name.encode() + np.asarray(mask, dtype="<i8").tobytes())
     return np.void(digest.digest())
 
@@ -52,15 +52,17 @@ def _check_row(row: PreferenceRow, number: int, vocab_size: int) -> None:
                 f"row {number}: {name} must be a list of token ids, got "
                 f"{reprlib.repr(row[name])}; tokenise the data set first"
             )
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(outside):
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+            outside = ids[(ids < 0) | (ids >= vocab_size)]
             raise ValueError(
                 f"row {number}: {name} must be in [0, {vocab_size}), got {outside[0]}; the "
                 "tokenizer is not the model's, or -100 came in with labels"
             )
     for name, mask_name in zip(NAMES[1:], MASKS, strict=True):
         mask = row.get(mask_name)
-        if mask is not None and (len(mask) != len(row[name]) or not set(mask) <= {0, 1}):
+        if mask is not None and (
+            len(mask) != len(row[name]) or not np.isin(np.asarray(mask), (0, 1)).all()
+        ):
             raise ValueError(
                 f"row {number}: {mask_name} must have a 0 or 1 for each of {len(row[name])} "
                 f"{name}, got {len(mask)}; leave it out where the whole answer counts"
