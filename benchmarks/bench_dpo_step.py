@@ -8,7 +8,6 @@ is timed, and it exits with 1.
 
 import argparse
 import dataclasses
-import importlib.util
 import shlex
 import statistics
 import sys
@@ -25,14 +24,17 @@ from torch import Tensor
 
 # The checkout's package, whether or not another one is installed: these are its figures.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import measure
 from bench_vocab import RESULTS, require_bench_extra, version
+from causal_lm import CURE, find_smollm2, load_model, load_tokenizer
 from goals import Goal, goal_lines
 from peers import brief, why_not
 from report import aligned, file_stem, write_csv
 
 from dpo_triton import fused_linear_seq_logprob, reference
+from dpo_triton.data import PairTokenizer, read_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, LOGITS, TRL = "dpo_triton", "logits", "TRL"
@@ -43,7 +45,7 @@ DESCRIPTIONS = {
 }
 BETA = 0.1
 NUM_PAIRS, SEQ_LEN, ROUNDS = 2, 512, 3
-DATA = ROOT / "examples" / "preferences.jsonl"
+DATA = ROOT / "benchmarks" / "pairs.jsonl"  # long answers, as data sets have them
 MOST_SHARE = 0.2  # of the step, for head and log-probabilities
 MAX_SUM_ERROR = 1e-3  # nats, of a sequence
 MAX_GRAD_DIFFERENCE = 1e-3  # relative to the largest element
@@ -105,11 +107,10 @@ def main(argv: list[str] | None = None) -> int:
     require_bench_extra(["tqdm"] if args.no_plot else ["tqdm", "matplotlib"])
     from tqdm import tqdm
 
-    demo = load_demo()
-    model, tokenizer = load_causal_lm(demo, args.model)
+    model, tokenizer = load_causal_lm(args.model)
     policy, reference_model = (trainable_copy(model) for _ in range(2))
     reference_model.requires_grad_(False)
-    batch = make_batch(demo, tokenizer, args.data, args.seq_len)
+    batch = make_batch(tokenizer, args.data, args.seq_len)
     del model
     measure.map_buffers()
     device = torch.device("cpu")
@@ -175,22 +176,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_demo() -> Any:
-    """The example as a module: it reads pairs, loads a model, and encodes."""
-    path = ROOT / "examples" / "score_preferences.py"
-    spec = importlib.util.spec_from_file_location("score_preferences", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_causal_lm(demo: Any, folder: Path | None) -> tuple[Any, Any]:
+def load_causal_lm(folder: Path | None) -> tuple[Any, Any]:
     try:
-        return demo.load_model(folder or demo.find_smollm2(), torch.device("cpu"), torch.float32)
+        folder = folder or find_smollm2()
+        tokenizer, _ = load_tokenizer(folder)
+        return load_model(folder, torch.device("cpu"), torch.float32), tokenizer
     except ImportError as error:
-        raise SystemExit(f"error: {error}{demo.CURE}") from error
+        raise SystemExit(f"error: {error}{CURE}") from error
 
 
 def trainable_copy(model: Any) -> Any:
@@ -204,9 +196,10 @@ def trainable_copy(model: Any) -> Any:
     return copy.train()
 
 
-def make_batch(demo: Any, tokenizer: Any, data: Path, seq_len: int) -> Batch:
+def make_batch(tokenizer: Any, data: Path, seq_len: int) -> Batch:
     """Return NUM_PAIRS pairs; a sequence is as many pairs, one after another, as fill seq_len."""
-    pairs = iter(demo.read_pairs(data))
+    pairs = read_pairs(data)
+    encode = PairTokenizer(tokenizer, max_length=seq_len)
     sides: list[list[tuple[list[int], list[int]]]] = [[], []]  # chosen, rejected: ids and mask
     for _ in range(NUM_PAIRS):
         rows: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
@@ -214,11 +207,13 @@ def make_batch(demo: Any, tokenizer: Any, data: Path, seq_len: int) -> Batch:
             pair = next(pairs, None)
             if pair is None:
                 break
-            for (ids, mask), answer in zip(rows, (pair.chosen, pair.rejected), strict=True):
-                encoded = demo.encode(tokenizer, pair.source, pair.prompt, answer, seq_len)
-                num_answer = len(encoded.ids) - encoded.num_prompt
-                ids += encoded.ids
-                mask += [0] * (len(encoded.ids) - max(0, num_answer)) + [1] * max(0, num_answer)
+            (encoded,) = encode([pair])
+            if isinstance(encoded, ValueError):
+                raise SystemExit(f"error: {encoded}")
+            prompt_ids = encoded["prompt_ids"]
+            for (ids, mask), side in zip(rows, ("chosen", "rejected"), strict=True):
+                ids += [*prompt_ids, *encoded[f"{side}_ids"]]
+                mask += [0] * len(prompt_ids) + encoded[f"{side}_mask"]
         for side, (ids, mask) in zip(sides, rows, strict=True):
             if 1 not in mask[1:seq_len]:
                 raise SystemExit(
