@@ -64,7 +64,7 @@ bench-parallel: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 test-versions:
 	$(PYTHON) tools/run_versions.py $(ARGS)

@@ -40,7 +40,7 @@ def chunked_log_probs(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float,
-    chunk_size: int,
+    chunk_size: int | None = None,
     final_logit_softcapping: float | None = None,
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = tuple(_STATS),
@@ -189,7 +189,10 @@ def _always(device: torch.device) -> bool:
     return True
 
 
-_PLAIN = ("0.29.1", "1.0.0", "1.12.0", "1.13.0")  # selective_log_softmax(logits, index)
+_PLAIN = (  # selective_log_softmax(logits, index)
+    *("0.29.1", "1.0.0", "1.1.0", "1.2.0", "1.3.0", "1.4.0", "1.5.0", "1.5.1", "1.6.0", "1.7.0"),
+    *("1.7.1", "1.8.0", "1.9.0", "1.9.1", "1.9.2", "1.10.0", "1.11.0", "1.12.0", "1.13.0"),
+)
 _WITH_HEAD = ("1.15.0", "1.16.0")
 _WITH_OPTIONS = ("1.14.0", "1.14.1", "1.14.2", *_WITH_HEAD)
 _integration = Integration(

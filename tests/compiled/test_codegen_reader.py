@@ -8,12 +8,13 @@ from functools import cache
 import pytest
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from gpu_lab import amdgcn, model, sass
 from gpu_lab.codegen import Codegen, inspect
 from gpu_lab.loops import Instruction, streaming_loop
 from gpu_lab.model import B200, H100, H200, MI300X, modelled_time
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TARGETS = {f"sm_{sm}": GPUTarget("cuda", sm, 32) for sm in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
