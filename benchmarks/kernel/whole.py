@@ -48,9 +48,9 @@ WHOLE = "modelled whole time"
 NOTES = f"""\
 modelled: nothing here was measured. us of a call: whole = streaming + short kernels + PyTorch's
   operators, each launch {1e6 * LAUNCH_SECONDS:.1f} us. short: kernels per token, with their blocks,
-  float64 and chains of dependent instructions; in brackets their share of the streaming time. A card
-  that waits for the host takes the host's time instead: see bench_host. fastest: forward + backward.
-  A peer that is not installed is left out."""
+  float64 and chains of dependent instructions; in brackets their share of the streaming time. A
+  card that waits for the host takes the host's time instead: see bench_host. fastest: forward +
+  backward. A peer that is not installed is left out."""
 
 
 class Operators(TorchDispatchMode):
@@ -120,7 +120,8 @@ def _run(
         if not is_streaming(launch, logits):
             return True
         for x in launch.arguments.values():
-            if isinstance(x, Tensor) and x.is_floating_point() and 2 * x.numel() < logits.numel():
+            is_output = isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous()
+            if is_output and 2 * x.numel() < logits.numel():
                 x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
         return False
 
