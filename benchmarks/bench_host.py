@@ -1,8 +1,8 @@
 """Microseconds that calls cost on the host, by part; `python benchmarks/bench_host.py --help`.
 
-Without a GPU kernels are compiled and not executed: a stand-in for Triton's driver takes the
-launches. With one they are launched; nobody waits for it. What is timed is the processor time of the
-process. Implementations take turns, sample by sample. Tensors are tiny, so that PyTorch's own
+Without a GPU kernels are compiled and not executed: a stand-in for Triton's driver takes their
+launches. With one they are launched; nobody waits for it. What is timed is the processor time of
+the process. Implementations take turns, sample by sample. Tensors are tiny, so that PyTorch's own
 operators cost no more than their start.
 """
 
