@@ -1,4 +1,4 @@
-"""The benchmark of host time: launches are counted, parts add up, and the head's starts are told."""
+"""The benchmark of host time: launches are counted, and parts add up; the head's operators too."""
 
 import pytest
 import torch
