@@ -32,6 +32,18 @@ SHAPES = {
         Shape("Qwen2.5-0.5B", 896, 151936, 4, 48),
     )
 }
+# On a GPU: the hidden sizes of models of half a billion and of eight billion parameters, from a
+# micro-batch to what a step may score at once.
+GPU_SHAPES = {
+    shape.name: shape
+    for hidden_size in (896, 4096)
+    for shape in (
+        Shape(f"H{hidden_size}-1k", hidden_size, 151936, 2, 512),
+        Shape(f"H{hidden_size}-8k", hidden_size, 151936, 8, 1024),
+        Shape(f"H{hidden_size}-64k", hidden_size, 151936, 64, 1024),
+    )
+}
+GPU_SHARES = [1.0]
 HEADLINE = "SmolLM2-135M"
 SHARES = [0.25, SHARE, 1.0]
 BFLOAT16_SHARES = [SHARE]  # at the headline
@@ -115,9 +127,10 @@ def measure_all(
         return [peer for peer in runnable if peer.serves(place)]
 
     def rounds_at(case: Case) -> int:
-        return ROUNDS if is_judged(case) and not args.quick else OTHER_ROUNDS
+        is_repeated = is_judged(case) or device.type == "cuda"
+        return ROUNDS if is_repeated and not args.quick else OTHER_ROUNDS
 
-    plan = plan_of(args)
+    plan = [one for one in plan_of(args) if has_room(one[0], device)]
     every_case = [
         (shape, dtype, share, *mode)
         for shape, dtype, shares in plan
@@ -147,13 +160,26 @@ def measure_all(
 
 def plan_of(args: argparse.Namespace) -> list[tuple[Shape, torch.dtype, list[float]]]:
     """What is measured: a model's shape, a dtype, and the shares of rows scored."""
-    shapes = [SHAPES[name] for name in args.model]
+    shapes = [{**SHAPES, **GPU_SHAPES}[name] for name in args.model]
     if args.quick:
         shapes = [dataclasses.replace(s, seq_len=min(s.seq_len, QUICK_SEQ_LEN)) for s in shapes]
+    if args.device.startswith("cuda"):
+        return [(shape, torch.bfloat16, args.share) for shape in shapes]
     plan = [(shape, torch.float32, args.share) for shape in shapes]
     bfloat16_shares = [share for share in BFLOAT16_SHARES if share in args.share]
     plan += [(s, torch.bfloat16, bfloat16_shares) for s in shapes if s.name == HEADLINE]
     return [(shape, dtype, shares) for shape, dtype, shares in plan if shares]
+
+
+def has_room(shape: Shape, device: torch.device) -> bool:
+    """Whether the float64 truth fits beside the batch; says so where it does not."""
+    tokens = shape.batch * shape.seq_len
+    of_truth = 8 * shape.hidden_size * (3 * shape.vocab_size + 4 * tokens)
+    of_logits = 4 * 8 * shape.seq_len * shape.vocab_size  # a sequence's, and what is made of them
+    if of_truth + of_logits <= measure.free_bytes(device):
+        return True
+    print(f"left out: {shape.name} needs {(of_truth + of_logits) / 2**30:.0f} GiB of memory")
+    return False
 
 
 def output_paths(args: argparse.Namespace, machine: str) -> tuple[Path, Path | None]:
@@ -170,9 +196,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="few tokens, once: figures mean little"
     )
-    parser.add_argument("--model", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.set_defaults(share=SHARES)
-    return command.check(parser.parse_args(argv), parser)
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=[*SHAPES, *GPU_SHAPES],
+        help=f"by default on a CPU {', '.join(SHAPES)}, on a GPU the others",
+    )
+    args = parser.parse_args(argv)
+    on_gpu = args.device.startswith("cuda")
+    args.model = args.model or list(GPU_SHAPES if on_gpu else SHAPES)
+    args.share = args.share or (GPU_SHARES if on_gpu else SHARES)
+    return command.check(args, parser)
 
 
 if __name__ == "__main__":

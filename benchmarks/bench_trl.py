@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"{', '.join(missing)} not found: pip install 'dpo-triton[trl]'")
+        raise SystemExit(f"{', '.join(missing)} not found: pip install '.[trl]' in the repository")
     measure.map_buffers()
     machine = measure.machine_name(torch.device("cpu"))
     versions = command.versions("torch", *PACKAGES)

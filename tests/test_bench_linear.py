@@ -188,3 +188,19 @@ def test_a_partial_run_does_not_replace_the_whole_one():
         bench_linear.parse_args(["--quick"]), "AMD EPYC, 2 threads"
     )
     assert quick.name == "linear-amd-epyc-2-threads.local.csv"
+
+
+def test_on_a_gpu_it_measures_larger_heads_in_bfloat16(monkeypatch, capsys):
+    args = bench_linear.parse_args(["--device", "cuda"])
+    plan = bench_linear.plan_of(args)
+    assert [shape.name for shape, _, _ in plan] == list(bench_linear.GPU_SHAPES)
+    assert {(dtype, *shares) for _, dtype, shares in plan} == {(torch.bfloat16, 1.0)}
+    tokens = [shape.batch * shape.seq_len for shape, _, _ in plan]
+    assert tokens == 2 * [1024, 8 * 1024, 64 * 1024]
+    assert all(shape.vocab_size == 151936 and shape.batch % 2 == 0 for shape, _, _ in plan)
+
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 24 * 2**30)
+    device = torch.device("cuda")
+    fits = [shape.name for shape, _, _ in plan if bench_linear.has_room(shape, device)]
+    assert fits == ["H896-1k", "H896-8k", "H896-64k", "H4096-1k", "H4096-8k"]
+    assert "left out: H4096-64k needs 27 GiB" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -129,10 +130,13 @@ def test_least_bytes_of_bfloat16(passes, num_scored, expected):
 
 def test_peak_counts_what_a_call_holds(quiet_machine):  # noqa: F811
     measure.map_buffers()
+    torch.ones(2**24)  # what a first call loads is no part of it
     peak = measure.peak_mib(lambda: torch.ones(2**24), torch.device("cpu"))
     if peak is None:
         pytest.skip("no peak resident size here")
-    assert 63.5 <= peak <= 65
+    # Linux counts resident pages per core, and adds those up at every 32.
+    uncounted = max(0.5, 32 * 4096 * (os.cpu_count() or 1) / 2**20)
+    assert 64 - uncounted <= peak <= 65
 
 
 def test_times_restore_before_each_sample(quiet_machine):  # noqa: F811

@@ -59,20 +59,26 @@ def times_ms(
 def time_once_ms(fn: Callable[[], object], device: torch.device) -> float:
     """Return the time of one call of fn, which has run before, in ms: for calls of a second, whose
     samples are taken in turns with those of others."""
+    if device.type == "cuda":
+        return _event_ms(fn)
     map_buffers(HEAP_BYTES)
     try:
-        _synchronize(device)
         start = time.perf_counter()
         fn()
-        _synchronize(device)
         return 1e3 * (time.perf_counter() - start)
     finally:
         map_buffers()
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _event_ms(fn: Callable[[], object]) -> float:
+    """One call's time between two events on the GPU, which is idle before."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    fn()
+    stop.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(stop))
 
 
 def _times_ms_cuda(
@@ -85,12 +91,7 @@ def _times_ms_cuda(
     samples: list[float] = []
     while sum(samples) < 1e3 * min_run_s:
         restore()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        fn()
-        stop.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(stop))
+        samples.append(_event_ms(fn))
     return samples
 
 

@@ -1,6 +1,5 @@
 """The kernel benchmark's counts are right, and wrong results are refused."""
 
-import sys
 from collections import Counter
 
 import pytest
@@ -10,7 +9,7 @@ from bench_programs import read_csv
 pytest.importorskip("tqdm")
 
 import dpo_triton
-from benchmarks import bench_kernels, gpu_check, tune_kernels
+from benchmarks import bench_kernels, tune_kernels
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import Figure, Figures, aligned
 from benchmarks.kernel import counts, measure, peers
@@ -230,29 +229,6 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     assert {row["how"] for row in cells} == {"measured"}
     assert len(cells) == 2 * 3 * 5  # cases, passes, quantities
     assert all(row["value"] > 0 for row in cells)
-
-
-def test_gpu_check_without_a_gpu(capsys):
-    assert gpu_check.main() == 1
-    assert "no GPU" in capsys.readouterr().out
-    assert sum(step.limit_s for step in gpu_check.steps()) < 600
-
-
-def test_gpu_check_sums_up():
-    run = lambda code, limit_s=20.0: gpu_check.run(  # noqa: E731
-        gpu_check.Step(code, [sys.executable, "-c", code], limit_s, {"A": "1"})
-    )
-    outcomes = [
-        run("import os; assert os.environ['A'] == '1'"),
-        run("raise SystemExit(3)"),
-        run("import time; time.sleep(20)", 0.2),
-        gpu_check.run(gpu_check.Step("nothing", [], 1.0, {})),
-    ]
-    assert [outcome.is_failure for outcome in outcomes] == [False, True, True, False]
-    text = gpu_check.summary(outcomes)
-    for expected in ("ok", "FAILED, exit status 3", "FAILED, more than", "not found on PATH"):
-        assert expected in text
-    assert len(text.splitlines()) == 5
 
 
 def test_a_partial_run_gets_a_name_that_git_ignores():

@@ -1,15 +1,12 @@
-"""DTensors among the arguments: what they say of shards, and this rank's part of them.
+"""DTensors among the arguments: what they say of shards, and this rank's part of them."""
 
-`torch.distributed.tensor` is not imported: whoever passes a DTensor has done that.
-"""
-
-import sys
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .parallel import VocabShard
+from .._autograd import Logits, is_dtensor
+from .._head import Head
+from .._records import Tokens, VocabShard
 
 _SERVED = (
     "served are logits with placements [Shard({last})] on a mesh of one dimension (vocabulary-"
@@ -19,74 +16,54 @@ _SERVED = (
 
 
 def local_logits(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shard: VocabShard | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, VocabShard | None]:
+    source: Logits, tokens: Tokens, shard: VocabShard | None
+) -> tuple[Logits, Tokens, VocabShard | None]:
     """The arguments as plain tensors, and the shard that DTensor logits are."""
-    if not _is_dtensor(logits):
-        return logits, labels, mask, cu_seqlens, shard
+    logits: Any = source.logits
+    if not is_dtensor(logits):
+        return source, tokens, shard
     _refuse_both(shard)
     if _placements(logits) != [f"S({logits.ndim - 1})"]:
         raise _not_served("logits", logits, logits.ndim - 1)
     shard = _shard_of(logits, logits.ndim - 1, "logits")
-    local: Any = logits
-    return (
-        local.to_local(grad_placements=logits.placements),  # type: ignore[attr-defined]
-        *_replicated(labels, mask, cu_seqlens),
-        shard,
-    )
+    local = logits.to_local(grad_placements=logits.placements)
+    return source._replace(logits=local), _replicated(tokens), shard
 
 
 def local_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shard: VocabShard | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, VocabShard | None]:
+    head: Head, tokens: Tokens, shard: VocabShard | None
+) -> tuple[Head, Tokens, VocabShard | None]:
     """The arguments as plain tensors: the rows of a head that are here, or all of it, gathered."""
-    if not any(_is_dtensor(tensor) for tensor in (hidden, weight, bias)):
-        return hidden, weight, bias, labels, mask, cu_seqlens, shard
+    if not any(is_dtensor(tensor) for tensor in head.tensors):
+        return head, tokens, shard
     _refuse_both(shard)
-    head: dict[str, Any] = {"weight": weight, "bias": bias}
-    if _is_dtensor(hidden):
-        states: Any = hidden
+    hidden: Any = head.hidden
+    parts: dict[str, Any] = {"weight": head.weight, "bias": head.bias}
+    if is_dtensor(hidden):
         if _placements(hidden) != ["R"]:
             raise _not_served("hidden", hidden)
-        for name, tensor in head.items():
+        for name, tensor in parts.items():
             if tensor is None:
                 continue
-            if not _is_dtensor(tensor) or _placements(tensor) != ["S(0)"]:
+            if not is_dtensor(tensor) or _placements(tensor) != ["S(0)"]:
                 raise _not_served(name, tensor)
-            if tensor.device_mesh != states.device_mesh:
+            if tensor.device_mesh != hidden.device_mesh:
                 raise ValueError(
                     f"{name} and hidden must be on the same mesh, got {tensor.device_mesh} and "
-                    f"{states.device_mesh}; redistribute hidden to the head's"
+                    f"{hidden.device_mesh}; redistribute hidden to the head's"
                 )
             shard = _shard_of(tensor, 0, name)
-            head[name] = tensor.to_local(grad_placements=tensor.placements)
-        hidden = states.to_local(grad_placements=states.placements)
-        labels, mask, cu_seqlens = _replicated(labels, mask, cu_seqlens)
+            parts[name] = tensor.to_local(grad_placements=tensor.placements)
+        parts["hidden"] = hidden.to_local(grad_placements=hidden.placements)
+        tokens = _replicated(tokens)
     else:
-        for name, tensor in head.items():
+        for name, tensor in parts.items():
             if tensor is None:
                 continue
-            if not _is_dtensor(tensor) or set(_placements(tensor)) - {"R"} != {"S(0)"}:
+            if not is_dtensor(tensor) or set(_placements(tensor)) - {"R"} != {"S(0)"}:
                 raise _not_served(name, tensor)
-            head[name] = _gathered(tensor)
-    return hidden, head["weight"], head["bias"], labels, mask, cu_seqlens, shard
-
-
-def _is_dtensor(tensor: object) -> bool:
-    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+            parts[name] = _gathered(tensor)
+    return head._replace(**parts), tokens, shard
 
 
 def _placements(tensor: Any) -> list[str]:
@@ -117,19 +94,19 @@ def _shard_of(tensor: Any, dim: int, name: str) -> VocabShard:
     return VocabShard(start, stop, group)
 
 
-def _replicated(*tensors: Any) -> list[Any]:
+def _replicated(tokens: Tokens) -> Tokens:
     """Plain tensors of what stands beside a sharded tensor."""
-    local = []
-    for tensor in tensors:
-        if _is_dtensor(tensor):
+    local: dict[str, Any] = {}
+    for name in ("labels", "mask", "cu_seqlens"):
+        tensor: Any = getattr(tokens, name)
+        if is_dtensor(tensor):
             if set(_placements(tensor)) != {"R"}:
                 raise ValueError(
                     "labels, mask and cu_seqlens must be plain tensors or replicated DTensors, got "
                     f"placements {list(tensor.placements)}; call redistribute, or to_local"
                 )
-            tensor = tensor.to_local()
-        local.append(tensor)
-    return local
+            local[name] = tensor.to_local()
+    return tokens._replace(**local)
 
 
 class _Averaged(torch.autograd.Function):
@@ -162,5 +139,5 @@ def _refuse_both(shard: VocabShard | None) -> None:
 
 
 def _not_served(name: str, tensor: Any, last: int = 2) -> ValueError:
-    got = f"placements {list(tensor.placements)}" if _is_dtensor(tensor) else "a plain tensor"
+    got = f"placements {list(tensor.placements)}" if is_dtensor(tensor) else "a plain tensor"
     return ValueError(f"{name} got {got}; {_SERVED.format(last=last)}")

@@ -1,67 +1,22 @@
-"""Several ranks and one result: vocabularies and sequences that are sharded over a process group.
+"""The other ranks of a call, for what lies between its stages."""
 
-A rank of a sharded vocabulary runs the first stage on its own columns, as if they were some of the
-splits. One gather later every rank has the partials of all, in the order of the columns, and runs
-the same second stage on the same numbers; the third stage needs nothing from the others, but for
-the sum of what the ranks say about the hidden states.
-
-    partials -> [gather] -> combine                  grad -> [sum of the gradient of hidden]
-                combine  -> [sums of sequences]
-
-Every call of a group starts with a note of each rank to all others, NOTE_BYTES long whatever it
-says: what the rank was given, or why it fails. So ranks that disagree, or one that fails, are an
-error on every rank, and nobody is left waiting in a collective.
-"""
-
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from .._records import Columns, Combined, Partials, Tokens, VocabShard
+from .._weights import token_weights
 from ._exchange import Exchange
-from ._head import Columns
-from ._weights import token_weights
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class VocabShard(NamedTuple):
-    """Columns [start, stop) of the vocabulary: those that this rank of `group` has.
-
-    The ranks' shards cover the vocabulary from 0 on, each column once; they may differ in width,
-    and any rank may have any of them. What logits, or rows of a head, are passed with a shard
-    beyond the first stop - start are padding: they are not read, and their gradient is 0.
-
-    Args:
-        start, stop: numbers of tokens, 0 <= start < stop.
-        group: a process group of `torch.distributed`; None is the default group.
-
-    Bytes that a rank sends to each other rank, of M scored tokens and its own K splits (of 16384
-    columns with Triton, of 4096 from hidden states; the PyTorch backend takes logits as one):
-
-        forward     (8 K + 4) M, twice that in float64, and 4 K M more for each of `stats`
-        backward    nothing for logits; from hidden states one all-reduce of 4 H M (8 H M in
-                    float64), if hidden requires a gradient
-        and a note of 1024 in each of these passes, and one status of 4
-
-    On a GPU the notes are waited for, once a pass.
-    """
-
-    start: int
-    stop: int
-    group: "ProcessGroup | None" = None
 
 
 class Peers:
     """The other ranks of one call of a public function, for what lies between its stages."""
 
-    def __init__(self, shard: VocabShard | None, sequence_group: "ProcessGroup | None") -> None:
+    def __init__(self, shard: VocabShard | None, sequence_group: ProcessGroup | None) -> None:
         if torch.compiler.is_compiling():
             raise NotImplementedError(
                 "vocab_shard and sequence_group cannot be compiled; "
@@ -87,20 +42,25 @@ class Peers:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
+    def columns_of(self, width: int) -> Columns:
+        """Those that are here: all, unless the vocabulary is sharded."""
+        return Columns.all_of(width) if self.columns is None else self.columns
+
+    def local_reduction(self, reduction: str) -> str:
+        """Where a sequence's tokens are sharded, only the sum of those that are here is known."""
+        return "sum" if self.sequence is not None else reduction
+
     def agree(
         self,
-        labels: Tensor,  # (B, T)
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        shift: bool,
-        ignore_index: int,
+        tokens: Tokens,
         dtype: torch.dtype,  # of the partials
         width: int,  # columns that are here, padding included
         num_splits: Callable[[int], int],
         same: dict[str, Any],
     ) -> None:
         """Compare what the ranks were given; all of `same` must be."""
-        num_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        labels, _, cu_seqlens, shift, _ = tokens
+        num_sequences = tokens.num_sequences("sum")
         if self.sequence is not None and shift:
             raise ValueError(
                 "sequence_group needs shift=False: the label that a rank's last position predicts "
@@ -110,7 +70,7 @@ class Peers:
             )
         same = {"number of sequences": num_sequences, **same}
         if self.vocab is not None and self.shard is not None:
-            weights = token_weights(labels, mask, cu_seqlens, shift, ignore_index, dtype)
+            weights = token_weights(tokens, dtype)
             start, stop = _check_range(self.shard, width)
             num_scored = int(weights.count_nonzero())
             of_tokens = {
@@ -131,55 +91,49 @@ class Peers:
             numels = [3 * num_sequences] * len(self.sequence.ranks)
             self.sequence.expect(numels, torch.float64, labels.device)
 
-    def gather_partials(self, partials: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Partials (C, K, M) and targets (M,) of the scored tokens: of these columns to of all."""
+    def gather_partials(self, partials: Partials) -> Partials:
+        """Those of the M scored tokens, with sums (C, K, M): of these columns to of all."""
         if self.vocab is None:
-            return partials, target
-        num_channels, _, num_scored = partials.shape
-        received = self.vocab.gather(target, partials)
+            return partials
+        sums, target, weights = partials
+        num_channels, _, num_scored = sums.shape
+        received = self.vocab.gather(target, sums)
         targets = torch.stack([flat[:num_scored] for flat in received])
         shape = (num_channels, -1, num_scored)
         if num_scored == 0:
-            return partials.new_empty((num_channels, sum(self._splits), 0)), target
+            return Partials(sums.new_empty((num_channels, sum(self._splits), 0)), target, weights)
         every = [received[r][num_scored:].view(shape) for r in self._order]
-        return torch.cat(every, 1), targets.amax(0)  # a NaN stays
+        return Partials(torch.cat(every, 1), targets.amax(0), weights)  # a NaN stays
 
-    def gather_all_partials(
-        self, partials: Tensor, target: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same with places (C, K, N) and (N,) for tokens that are not scored, never sent."""
+    def gather_all_partials(self, partials: Partials) -> Partials:
+        """The same with places for tokens that are not scored, never sent."""
         if self.vocab is None:
-            return partials, target
+            return partials
+        sums, target, weights = partials
         scored = weights.flatten().nonzero().squeeze(1)
-        every, targets = self.gather_partials(
-            partials.index_select(2, scored), target.index_select(0, scored)
-        )
-        shape = (*every.shape[:2], target.numel())
-        return (
-            every.new_empty(shape).index_copy_(2, scored, every),
-            target.index_copy_(0, scored, targets),
+        of_scored = Partials(sums.index_select(2, scored), target.index_select(0, scored), weights)
+        every, targets, _ = self.gather_partials(of_scored)
+        room = every.new_empty((*every.shape[:2], target.numel()))
+        return Partials(
+            room.index_copy_(2, scored, every), target.index_copy_(0, scored, targets), weights
         )
 
     def sum_sequences(
-        self,
-        sums: Tensor,
-        lengths: Tensor,
-        weights: Tensor,
-        cu_seqlens: Tensor | None,
-        reduction: str,
-    ) -> tuple[Tensor, Tensor]:
-        """Values and lengths (S,) of whole sequences, from sums and lengths of what is here.
+        self, combined: Combined, weights: Tensor, cu_seqlens: Tensor | None, reduction: str
+    ) -> Combined:
+        """With values and lengths (S,) of whole sequences, from sums and lengths of what is here.
 
         Added in float64, in the order of the ranks.
         """
+        sums, lengths = combined.values, combined.lengths
         if self.sequence is None:
-            return sums, lengths
+            return combined
         scored = (weights != 0).double()
         if cu_seqlens is None:
             counts = scored.sum(1)
         else:
             before = torch.cat([scored.new_zeros(1), scored.flatten().cumsum(0)])
-            counts = before[cu_seqlens.long()].diff()
+            counts = before[cu_seqlens.long().clamp(0, before.numel() - 1)].diff()
         received = self.sequence.gather(sums, lengths, counts)
         total = received[0].clone()
         for flat in received[1:]:
@@ -187,7 +141,8 @@ class Peers:
         values, whole_lengths, counts = total.view(3, -1)
         if reduction == "mean":
             values = values / whole_lengths.where(counts > 0, 1.0)
-        return values.to(sums.dtype), whole_lengths.to(lengths.dtype)
+        whole = dict(values=values.to(sums.dtype), lengths=whole_lengths.to(lengths.dtype))
+        return combined._replace(**whole)
 
     @contextmanager
     def backward(self, needs_hidden: bool) -> Iterator[Callable[[Tensor], None] | None]:
@@ -202,24 +157,6 @@ class Peers:
             return
         with Exchange(self.vocab.group, "vocab_shard") as exchange:
             yield exchange.sum_
-
-
-def peers(
-    shard: VocabShard | None, sequence_group: "ProcessGroup | None"
-) -> AbstractContextManager[Peers | None]:
-    """The peers of a call as its context, None where nothing is sharded."""
-    if shard is None and sequence_group is None:
-        return nullcontext()
-    return Peers(shard, sequence_group)
-
-
-def uncompiled(function: Function, peers: Peers | None) -> Function:
-    """The function, which torch.compile does not look into where there are peers: their frames
-    would be compiled one by one after `Peers` has refused."""
-    if peers is None or "torch._dynamo" not in sys.modules:
-        return function
-    disabled: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 def _check_range(shard: VocabShard, width: int) -> tuple[int, int]:
