@@ -19,7 +19,7 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench bench-linear bench-dpo-step bench-kernels bench-trl bench-parallel gpu-check test-versions hub docs tables lint format clean
+.PHONY: help demo test bench bench-linear bench-dpo-step bench-kernels bench-trl bench-parallel bench-host gpu-check test-versions hub docs tables lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model, then train it (downloads 100 MB)"
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
 	@echo "make bench-trl      steps of TRL's DPOTrainer with its own head and with ours"
 	@echo "make bench-parallel  a sharded head over processes, and modelled over 1 to 64 GPUs"
+	@echo "make bench-host  what calls cost on the host, by part, beside the peers"
 	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
 	@echo "make test-versions  the oldest, a middle and the newest torch, in environments of their own"
 	@echo "make docs    dist/docs: the documentation as a site;  make tables  fill in its figures"
@@ -62,6 +63,9 @@ bench-trl: $(VENV)/.dev
 
 bench-parallel: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
+
+bench-host: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_host.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

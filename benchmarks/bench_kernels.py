@@ -25,6 +25,7 @@ from benchmarks.kernel import model, published, rows, whole
 from benchmarks.kernel.counts import (
     ALL,
     CASES,
+    HALF,
     HALF_SHIFT,
     PASSES,
     Case,
@@ -144,10 +145,12 @@ def count_peer(
             figures += model.work_rows(peer.name, target, inputs, counted.work, per_token)
     for case in MODELLED_CASES:
         figures += model.modelled_rows(peer.name, batches[case], works[case], loops)
-    dtype = batches[ALL].logits.dtype
     for shape in shapes:
         step(str(shape))
-        figures += whole.whole_rows(peer, shape, dtype, targets[0], loops, DEVICES)
+        case = ALL if shape.share == 1 else HALF
+        figures += whole.whole_rows(
+            peer, shape, batches[case], targets[0], works[case], loops, DEVICES
+        )
     return figures, wrong
 
 

@@ -22,8 +22,9 @@ class Device(NamedTuple):
 # Programming Guide, "Arithmetic Instructions", 64-bit floating-point results a clock and
 # multiprocessor: 32 at 8.0, 64 at 9.0 and 10.0, 2 at 8.6, 8.9 and 12.0. 0.90 of the memory's speed
 # is what QuACK's softmax and cross-entropy reach on an H100 (3.0 TB/s, its authors' figure); for
-# the others it is assumed. float64_latency is assumed: a few times a float32's where there are units
-# for it; with two lanes a warp's instruction takes 16 cycles to enter them, and as many to come out.
+# the others it is assumed. float64_latency is assumed: a few times a float32's where there are
+# units for it; with two lanes a warp's instruction takes 16 cycles to enter them, and as many to
+# come out.
 FEW_LANES_LATENCY, LATENCY = 40.0, 16.0
 
 # H100 SXM5: white paper and data sheet: 132 SMs, 3.35 TB/s, and 66.9 TFLOP/s of float32, which is

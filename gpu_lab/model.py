@@ -75,6 +75,12 @@ def modelled_time(
     return Modelled(seconds[binding], binding, seconds)
 
 
+def is_float64(opcode: str) -> bool:
+    """Whether a PTX instruction takes a float64 unit: not those that only move or change bits."""
+    name, *types = opcode.split(".")
+    return "f64" in types and name not in ("mov", "selp", "neg", "abs")
+
+
 def launch_seconds(
     device: Device,
     counts: Counts,
@@ -93,7 +99,7 @@ def launch_seconds(
     """
     busiest = -(-num_blocks // device.multiprocessors)  # blocks of the busiest multiprocessor
     executed = counts.instructions
-    float64 = sum(n for opcode, n in executed.items() if "f64" in opcode.split(".")[1:])
+    float64 = sum(n for opcode, n in executed.items() if is_float64(opcode))
     issued = sum(n for opcode, n in executed.items() if not opcode.startswith(("mov", "cvta")))
     per_block = busiest / counts.num_blocks / device.clock_hz
     waves = -(-num_blocks // (device.multiprocessors * blocks_per_multiprocessor))

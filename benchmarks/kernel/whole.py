@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.report import BACKWARD as BOTH
 from benchmarks.common.report import FORWARD, Figure, Figures, aligned
-from benchmarks.kernel.counts import BACKWARD, Loop, is_streaming
+from benchmarks.kernel.counts import BACKWARD, Inputs, Loop, Work, is_streaming
 from benchmarks.kernel.peers import KernelPeer
 from gpu_lab.codegen import inspect_kernel
 from gpu_lab.devices import Device
@@ -48,9 +48,9 @@ WHOLE = "modelled whole time"
 NOTES = f"""\
 modelled: nothing here was measured. us of a call: whole = streaming + short kernels + PyTorch's
   operators, each launch {1e6 * LAUNCH_SECONDS:.1f} us. short: kernels per token, with their blocks,
-  float64 and chains of dependent instructions; in brackets their share of the streaming time. A card
-  that waits for the host takes the host's time instead: see bench_host. fastest: forward + backward.
-  A peer that is not installed is left out."""
+  float64 and chains of dependent instructions; in brackets their share of the streaming time. A
+  card that waits for the host takes the host's time instead: see bench_host. fastest: forward +
+  backward. A peer that is not installed is left out."""
 
 
 class Operators(TorchDispatchMode):
@@ -120,7 +120,8 @@ def _run(
         if not is_streaming(launch, logits):
             return True
         for x in launch.arguments.values():
-            if isinstance(x, Tensor) and x.is_floating_point() and 2 * x.numel() < logits.numel():
+            is_output = isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous()
+            if is_output and 2 * x.numel() < logits.numel():
                 x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
         return False
 
@@ -141,24 +142,26 @@ def _run(
 
 
 def seconds(
-    device: Device, shape: Shape, passes: str, recorded: Recorded, loop: Loop, itemsize: int
+    device: Device, shape: Shape, recorded: Recorded, work: Work, num_logits: int, loop: Loop
 ) -> dict[str, float]:
-    """Return the time of each of PARTS."""
-    num_tokens = shape.batch * shape.seq_len
-    num_scored = num_tokens * shape.share * shape.vocab_size
-    least = itemsize * num_scored
-    if passes == BACKWARD:
-        least += itemsize * num_tokens * shape.vocab_size
-    streaming = 0.0
-    for _ in recorded.streaming:
-        kernel = modelled_time(
-            device,
-            num_bytes=least,
-            num_logits=num_scored,
-            instructions_per_logit=loop.instructions("shortest"),
-            pipe_cycles_per_32_logits=loop.pipe_cycles(),
-        )
-        streaming += kernel.seconds + LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz
+    """Return the time of each of PARTS.
+
+    Args:
+        work: of the pass on `num_logits` logits of another batch, with the same share scored.
+    """
+    of_shape = shape.batch * shape.seq_len * shape.vocab_size
+    scale = of_shape / num_logits
+    speed = device.bytes_per_s * device.streaming_efficiency
+    latency = LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz
+    kernel = modelled_time(
+        device,
+        num_bytes=scale * (work.loaded + work.stored),
+        num_logits=of_shape * shape.share,
+        instructions_per_logit=loop.instructions("shortest"),
+        pipe_cycles_per_32_logits=loop.pipe_cycles(),
+    )
+    by_torch = scale * (work.torch_loaded + work.torch_stored) / speed
+    streaming = kernel.seconds + by_torch + latency * max(1, len(recorded.streaming))
     short = sum(
         whole(
             launch_seconds(
@@ -172,29 +175,33 @@ def seconds(
         for launch in recorded.short
         if launch.counts is not None
     )
-    speed = device.bytes_per_s * device.streaming_efficiency
-    operators = sum(
-        LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz + b / speed for b in recorded.operator_bytes
-    )
+    operators = sum(latency + num_bytes / speed for num_bytes in recorded.operator_bytes)
     return {STREAMING: streaming, SHORT: short, OPERATORS: operators}
 
 
 def whole_rows(
     peer: KernelPeer,
     shape: Shape,
-    dtype: torch.dtype,
+    inputs: Inputs,
     target: str,
+    work: Mapping[str, Work],
     loops: Mapping[tuple[str, str], Loop],
     devices: tuple[Device, ...],
 ) -> Figures:
-    """Return the modelled microseconds of each part of a pass on each device."""
+    """Return the modelled microseconds of each part of a pass on each device.
+
+    Args:
+        work: by pass, counted on `inputs`, of which the same share is scored.
+        loops: by target and pass.
+    """
     result = Figures()
+    dtype, num_logits = inputs.logits.dtype, inputs.logits.numel()
     for passes, recorded in record(peer, shape, dtype, target).items():
         for device in devices:
             loop = loops.get((device.target, passes))
             if loop is None:
                 continue
-            parts = seconds(device, shape, passes, recorded, loop, dtype.itemsize)
+            parts = seconds(device, shape, recorded, work[passes], num_logits, loop)
             parts[WHOLE] = sum(parts.values())
             for name, each in parts.items():
                 place = (peer.name, passes, device.name, str(shape))

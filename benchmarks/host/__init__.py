@@ -1,0 +1,1 @@
+"""What calls cost on the host: `bench_host`."""

@@ -1,0 +1,63 @@
+"""The benchmark of host time: launches are counted, and parts add up; the head's operators too."""
+
+import pytest
+import torch
+from bench_programs import read_csv
+
+from benchmarks import bench_host
+from benchmarks.common.peers import OURS
+from benchmarks.host import counts
+from benchmarks.host.parts import PARTS, shares
+from gpu_lab.driver import emulate
+
+
+@pytest.fixture(autouse=True)
+def as_if_without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_rows_of_every_pass(capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    options = ["--samples", "2", "--calls", "2", "--no-head", "--no-plot", "--csv", str(path)]
+    assert bench_host.main(options) == 0
+    out = capsys.readouterr().out
+    rows = read_csv(path)
+    launches = {(row["impl"], row["passes"]): int(row["launches"]) for row in rows}
+    assert 1 <= launches[OURS, "forward"] < launches[OURS, "forward+backward"]
+    assert launches["log_softmax", "forward"] == 0
+    for row in rows:
+        parts = [float(row[name]) for name in bench_host.PART_FIELDS.values()]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(float(row["us"]), rel=1e-3)
+        assert float(row["us_p20"]) <= float(row["us"]) <= float(row["us_p80"])
+        assert row["impl"] != "TRL kernel" or float(row["of_trl"]) == 1
+        assert (float(row["launches_us"]) > 0) == (int(row["launches"]) > 0)
+    assert "stand-in" in out
+
+
+def test_parts_are_where_the_time_is():
+    x = torch.zeros(2)
+    found = shares(lambda: [torch.empty(2**4) for _ in range(100)], 20)
+    assert max(found, key=found.get) in ("allocations", "other Python")
+    assert found["allocations"] > shares(lambda: [x + 1 for _ in range(100)], 20)["allocations"]
+    assert sum(found.values()) == pytest.approx(1)
+    assert set(found) == set(PARTS)
+
+
+def test_operators_of_the_head_are_counted():
+    with emulate("sm_90", schedule=None) as lab:
+        rows = counts.count(lab, 8, 4, 9000, "triton")
+    ours = [row for row in rows if row.impl == OURS]
+    assert [(row.head, row.passes) for row in ours] == [
+        (head, passes) for head in ("trained", "frozen") for passes in ("forward", "backward")
+    ]
+    assert all(row.operators > 0 for row in rows)
+    assert ours[0].launches > 0
+
+
+def test_a_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    parts = dict.fromkeys(bench_host.PART_FIELDS.values(), 1.0)
+    row = bench_host.Row(OURS, "forward", 7.0, 6.0, 8.0, 2, None, 2, **parts)
+    bench_host.plot(tmp_path / "host.png", [row], "a machine")
+    assert (tmp_path / "host.png").read_bytes().startswith(b"\x89PNG")
