@@ -56,12 +56,14 @@ def test_the_command_reports_and_succeeds():
     assert f"dpo_triton {dpo_triton.__version__} from " in done.stdout
     for package in ("torch", "numpy"):
         assert f"\n{package} {metadata.version(package)}\n" in done.stdout
-    for package in ("triton", "trl", "transformers", "peft", "accelerate"):
+    for package in ("triton", "numba", "trl", "transformers", "peft", "accelerate"):
         assert f"\n{package} " in done.stdout
     assert "\nTRITON_INTERPRET=0\n" in done.stdout
     assert "\ncpu: " in done.stdout
     assert '  backend="auto" is torch, since this is no GPU' in done.stdout
     assert "  torch: self-check passed, 8 cases" in done.stdout
+    assert "nats; head passed, 2 cases\n" in done.stdout
+    assert "  torch: torch.compile passed\n" in done.stdout
     assert "  triton: cannot run here: " in done.stdout
     assert done.stdout.endswith("self-check passed\n")
 
@@ -114,3 +116,135 @@ def test_versions_of_what_is_not_installed(monkeypatch):
     lines = list(info.versions())
     assert f"torch {metadata.version('torch')}" in lines
     assert "no_such_package not installed" in lines
+
+
+def test_head_on_every_backend(backend, device):
+    results = list(info.head_check(backend, device))
+    assert all(result.passed for result in results), results
+    assert [result.case for result in results] == ["head, hidden", "head, weight"]
+
+
+def test_a_broken_head_fails_the_command(monkeypatch, capsys):
+    def halved(*args, **options):
+        return 0.5 * original(*args, **options)
+
+    original = info.fused_linear_seq_logprob
+    monkeypatch.setattr(info, "fused_linear_seq_logprob", halved)
+    monkeypatch.setattr(info, "BACKENDS", ("torch",))
+    assert info.main() == 1
+    assert "torch: FAILED, head, hidden: error of a value" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message", "status"),
+    [
+        (lambda function: lambda *args: function(*args) + 1, "FAILED: other values", 1),
+        (lambda function: 1 / 0, "torch.compile cannot run here: ZeroDivisionError", 0),
+        (
+            lambda function: function if function is torch.neg else 1 / 0,
+            "torch.compile FAILED: ZeroDivisionError",
+            1,
+        ),
+    ],
+)
+def test_a_broken_compiler(break_it, message, status, monkeypatch, capsys):
+    """One that compiles nothing at all is not the package's fault."""
+    monkeypatch.setattr(info, "_compiled", break_it)
+    monkeypatch.setattr(info, "BACKENDS", ("torch",))
+    assert info.main() == status
+    assert message in capsys.readouterr().out
+
+
+def raise_anything(*args):
+    raise TypeError("only 0-dimensional arrays can be converted")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "status"),
+    [
+        ("3.6.0", "2.4.1", 0),
+        ("3.4.0", "2.10.0", 0),
+        ("3.6.0", "2.3.9", 1),
+        ("3.7.1", "2.5.0", 1),
+        ("3.10.0", "2.5.0", 1),
+    ],
+)
+def test_a_known_bad_numpy_is_named(triton, numpy, status, monkeypatch, capsys):
+    """Triton's interpreter of some versions fails with newer NumPys; else it is our failure."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(info, "_version", dict(triton=triton, numpy=numpy).get)
+    monkeypatch.setattr(info, "resolve_backend", lambda name, device, dtype: "triton")
+    monkeypatch.setattr(info, "self_check", raise_anything)
+    monkeypatch.setattr(info, "BACKENDS", ("triton",))
+    assert info.main() == status
+    output = capsys.readouterr().out
+    if status:
+        assert "triton: FAILED: TypeError: only 0-dimensional" in output
+    else:
+        assert f"cannot run here: the interpreter of Triton {triton} fails with NumPy" in output
+        assert f"here {numpy}; pip install 'numpy<2.4'" in output
+
+
+def test_missing_kernels_are_no_traceback(monkeypatch, capsys):
+    """A checkout without symbolic links has a file in the place of the folder."""
+
+    def no_kernels():
+        raise ImportError("cannot import name 'kernels' from 'dpo_triton'")
+
+    monkeypatch.setattr(_backends, "_triton_backend", no_kernels)
+    monkeypatch.setattr(_backends, "_triton_serves", lambda device_type, interpret: True)
+    monkeypatch.setattr(info, "BACKENDS", ("torch", "triton"))
+    assert info.main() == (1 if torch.cuda.is_available() else 0)
+    output = capsys.readouterr().out
+    assert "triton: cannot run here: " in output
+    assert "kernels" in output
+
+
+def test_the_report_survives_what_it_cannot_ask(monkeypatch, capsys):
+    monkeypatch.setattr(info, "devices", raise_anything)
+    assert info.main() == 1
+    output = capsys.readouterr().out
+    assert "the report ends here: TypeError: only 0-dimensional" in output
+    assert output.endswith("self-check FAILED\n")
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "expected"),
+    [
+        (CPU, (), ["pip install numba"]),
+        (CPU, ("numba",), []),
+        (GPU, (), ["pip install triton"]),
+        (GPU, ("triton",), []),
+    ],
+)
+def test_commands_for_a_better_backend(device, installed, expected, monkeypatch):
+    monkeypatch.setattr(info, "_is_installed", lambda package: package in installed)
+    monkeypatch.setattr(info, "BACKENDS", ("triton", "cpu", "torch"))
+    monkeypatch.setattr(info.shutil, "which", lambda command: None)
+    monkeypatch.setattr(info.sys, "platform", "linux")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    commands = [advice.partition("  (")[0] for advice in info.advices(device)]
+    assert commands == expected
+
+
+def test_commands_for_a_gpu_that_is_not_used(monkeypatch):
+    monkeypatch.setattr(info, "BACKENDS", ("triton", "torch"))
+    monkeypatch.setattr(info.shutil, "which", lambda command: f"/usr/bin/{command}")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (advice,) = info.advices(CPU)
+    assert advice.startswith("pip install --force-reinstall torch --index-url https://")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(info, "_is_installed", lambda package: True)
+    (advice,) = info.advices(GPU)
+    assert advice.startswith("unset TRITON_INTERPRET  (")
+
+
+def test_why_a_device_gets_its_backend(monkeypatch):
+    monkeypatch.setattr(info, "BACKENDS", ("triton", "cpu", "torch"))
+    assert info.reason(GPU, "triton") == "this is a GPU"
+    assert info.reason(CPU, "cpu") == "numba is installed"
+    assert info.reason(CPU, "torch") == "this is no GPU, and numba is not installed"
+    assert info.reason(torch.device("xpu"), "torch") == "no kernels serve xpu"

@@ -6,6 +6,7 @@ the gradients, where Adam's first step is their sign, rounding errors of a zero 
 
 import copy
 import gc
+import importlib
 import importlib.metadata
 import inspect
 import math
@@ -541,6 +542,39 @@ def test_undo_restores():
     with pytest.raises(KeyError), adapter.fused():
         raise KeyError
     assert held() == before
+
+
+def test_a_next_version_whose_head_lost_two_parameters(monkeypatch):
+    """It has no chunk_size and no outputs; what is left goes by name."""
+
+    class ChunkedLogProbFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(  # TRL's names after 1.16
+            ctx,
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature,
+            final_logit_softcapping=None,
+            logit_scale=1.0,
+        ):
+            return hidden
+
+    if not HAS_HEAD:
+        pytest.skip("has no head")
+    kernels = importlib.import_module("trl.kernels.chunked_logprob")
+    monkeypatch.setattr(kernels, "ChunkedLogProbFunction", ChunkedLogProbFunction)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.17.0.dev0")
+    hidden, weight, bias, targets = make_rows()
+    expected = adapter.chunked_log_probs(hidden, weight, bias, targets, 1.3, 1000, 4.0, 0.7)
+    with pytest.warns(UserWarning, match=r"1\.17\.0\.dev0 was not tested.*taken for 1\.16\.0"):
+        undo = adapter.enable(untested="warn")
+    got = kernels.ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.3, 4.0, 0.7)
+    undo()
+    assert kernels.ChunkedLogProbFunction is ChunkedLogProbFunction
+    for ours, true in zip(got, expected, strict=True):
+        assert torch.equal(ours, true)
 
 
 def test_an_unknown_version_is_refused(monkeypatch):
