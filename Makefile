@@ -37,9 +37,9 @@ help:
 	@echo "make lint    ruff and mypy;  make format  lay the code out"
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/score_preferences.py $(ARGS)
+	$(BIN)/python examples/score_preferences.py --limit 12 $(ARGS)
 	rm -rf out/demo
-	$(BIN)/python examples/train_dpo.py --output out/demo $(TRAIN_ARGS)
+	$(BIN)/python examples/train_dpo.py --output out/demo --holdout 0.5 --compare 1 $(TRAIN_ARGS)
 
 # In the order of collection, or the compiled files would come last: a file is one test there.
 test: $(VENV)/.dev

@@ -35,11 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     command.require_bench_extra(args, "tqdm")
     from tqdm import tqdm
 
-    demo = batches.load_demo()
-    model, tokenizer = batches.load_causal_lm(demo, args.model)
+    model, tokenizer = batches.load_causal_lm(args.model)
     policy, reference_model = (batches.trainable_copy(model) for _ in range(2))
     reference_model.requires_grad_(False)
-    batch = batches.make_batch(demo, tokenizer, args.data, args.seq_len)
+    batch = batches.make_batch(tokenizer, args.data, args.seq_len)
     del model
     measure.map_buffers()
     device = torch.device("cpu")

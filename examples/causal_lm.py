@@ -51,7 +51,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     if not hasattr(model, "merge_and_unload"):
         raise ValueError(f"--model {folder}: such an adapter cannot be merged into its base")
     print(f"--model {folder} is an adapter: merged into its base, {base}")
-    return model.merge_and_unload().eval()
+    return model.merge_and_unload().requires_grad_().eval()  # PEFT froze the base
 
 
 def find_base(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from causal_lm import (
     max_positions,
     save_whole,
 )
-from options import checked_max_length
+from command_line import checked_max_length
 from preference_training import permutation
 from torch.utils.data import ConcatDataset
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import options as command_line
+import command_line
 import torch
 from causal_lm import CURE, find_smollm2, load_model, load_tokenizer, max_positions
 from torch import Tensor

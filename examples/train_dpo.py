@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import options as command_line
+import command_line
 import torch
 from causal_lm import CURE
 from checkpoints import Checkpoint, NotFinite, Step, locked
@@ -185,8 +185,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--loss", choices=sorted(LOSSES), default="sigmoid")
     add("--beta", type=float, default=0.1)
     add("--loss-option", type=option, action="append", default=[], metavar="NAME=VALUE")
-    add("--lr", type=float, help="default: 1e-3, with --full 1e-5")
-    add("--steps", type=count, default=24, metavar="N")
+    add("--lr", type=float, help="default: 5e-4, with --full 1e-5")
+    add("--steps", type=count, default=12, metavar="N")
     add("--accumulate", type=count, default=1, metavar="N", help="parts of a batch: less memory")
     add("--dropout", action="store_true", help="leave the model's dropout on")
     add("--full", action="store_true", help="train all weights, not LoRA adapters")
@@ -198,7 +198,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--compare", type=count, metavar="N", help="first take N steps without and with logits")
     args = parser.parse_args(argv)
     command_line.fill_in(args)
-    args.lr = (1e-5 if args.full else 1e-3) if args.lr is None else args.lr
+    args.lr = (1e-5 if args.full else 5e-4) if args.lr is None else args.lr
     return args
 
 

@@ -85,11 +85,10 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's tiles are so wide that a vocabulary of several would take the interpreter minutes."""
-    from dpo_triton import _backends
+    from processes import with_narrow_tiles
 
     if HAS_TRITON:
-        narrow = _backends._triton_backend()._replace(tile_width=4096)
-        monkeypatch.setattr(_backends, "_triton_backend", lambda: narrow)
+        with_narrow_tiles(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from head_batches import TILE_V
 
 TIMEOUT = datetime.timedelta(seconds=60)
 
@@ -29,6 +30,14 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> 
         ]
 
 
+def with_narrow_tiles(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """A GPU's tiles are so wide that a vocabulary of several would take the interpreter minutes."""
+    from dpo_triton import _backends
+
+    narrow = _backends._triton_backend()._replace(tile_width=TILE_V)
+    set_attribute(_backends, "_triton_backend", lambda: narrow)
+
+
 def _run(
     rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]
 ) -> None:
@@ -36,6 +45,7 @@ def _run(
     gpu = rank % max(1, torch.cuda.device_count())
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)
+        with_narrow_tiles()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(gpu))
     dist.init_process_group(
         "gloo",

@@ -16,15 +16,25 @@ from benchmarks.dpo_step.rows import PARTS
 class FakeTokenizer:
     """A token a character, modulo 61: a prime, so that the head's V is odd."""
 
-    eos_token_id = 2
+    eos_token, eos_token_id = "\x02", 2
     chat_template = "yes"
 
-    def apply_chat_template(self, messages, *, add_generation_prompt=False, return_dict=True):
-        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
-        return [ord(c) % 61 for c in text + "<assistant>" * add_generation_prompt]
+    def get_chat_template(self, *, tools):
+        return self.chat_template
 
-    def __call__(self, text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=[ord(c) % 61 for c in text])
+    def apply_chat_template(
+        self, messages, *, tokenize, tools, chat_template, add_generation_prompt=False
+    ):
+        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        return text + "<assistant>" * add_generation_prompt
+
+    def convert_ids_to_tokens(self, ids):
+        return ["x"] * len(ids)
+
+    def __call__(self, texts, add_special_tokens=True):
+        if isinstance(texts, str):
+            return SimpleNamespace(input_ids=[ord(c) % 61 for c in texts])
+        return SimpleNamespace(input_ids=[[ord(c) % 61 for c in text] for text in texts])
 
 
 @pytest.fixture
@@ -38,7 +48,7 @@ def bench(monkeypatch, quiet_machine):  # noqa: F811
     config.quantization_config = {"quant_method": "gguf"}  # as of a GGUF file: it must not survive
     model = transformers.LlamaForCausalLM(config)
     loaded = (model, FakeTokenizer())
-    monkeypatch.setattr(batches, "load_causal_lm", lambda demo, folder: loaded)
+    monkeypatch.setattr(batches, "load_causal_lm", lambda folder: loaded)
 
     def refuse(*inputs):
         raise TypeError("no tokenizer of transformers")
@@ -80,7 +90,7 @@ def test_refuses_to_time_wrong_results(bench, monkeypatch, capsys, tmp_path, wro
 
 
 def test_pairs_follow_one_another_until_a_sequence_is_full():
-    batch = batches.make_batch(batches.load_demo(), FakeTokenizer(), batches.DATA, 300)
+    batch = batches.make_batch(FakeTokenizer(), batches.DATA, 300)
     assert batch.input_ids.shape == (4, 300)
     # A prompt again after the first answer: more than one pair in each sequence.
     starts = (batch.completion_mask.diff(dim=1) == 1).sum(1)

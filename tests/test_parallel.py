@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import assert_within_budget, max_error, rounding
+from head_batches import TILE_V
 from parallel_cases import Case, of_ranks
 from processes import run_processes
 from torch import Tensor
@@ -21,7 +22,7 @@ from dpo_triton import (
     reference,
 )
 from dpo_triton._backends import resolve_backend
-from dpo_triton._head import TILE_V, num_splits
+from dpo_triton._head._tiles import Plan
 
 SIZE = 4
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -351,7 +352,7 @@ def width_of(case: dict[str, Any], rank: int) -> int:
 
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("name", HEADS)
-def test_bytes_for_hidden_states(results, seed, name, is_trained):
+def test_bytes_for_hidden_states(results, seed, name, is_trained, device):
     """Of K splits 8 K + 4 bytes a scored token, which is at most 12 a split; once back, H numbers
     a scored token."""
     case = HEADS[name]
@@ -361,8 +362,10 @@ def test_bytes_for_hidden_states(results, seed, name, is_trained):
         mask = mask[:, 1:]
     num_scored, stats = int(mask.count_nonzero()), len(set(case.get("stats", ())) & set(STATS[2:]))
     word = 8 if case["dtype"] == torch.float64 else 4
+    stages = resolve_backend(case.get("backend", "auto"), device, case["dtype"])
+    plan = Plan(case["dtype"], 1, (True, is_trained, False), stages.name)
     for rank, result in enumerate(of_ranks(results, f"head, {name}, {is_trained}")):
-        splits = num_splits(width_of(case, rank))
+        splits = plan.num_splits(width_of(case, rank))
         numbers = num_scored * ((2 + stats) * splits + 1) + 1
         assert result["sent"] == (1024, word * numbers, 0)
         assert result["sent_back"] == (1024, 0, word * num_scored * case["shape"][2])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import score_preferences as script
 import torch
-from options import PREFERENCES
+from command_line import PREFERENCES
 from tiny_llama import save_tiny_llama
 from torch import nn
 

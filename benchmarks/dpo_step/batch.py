@@ -1,6 +1,6 @@
 """A real model twice, and real preference pairs as one batch."""
 
-import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.command import ROOT
+from dpo_triton.data import PairTokenizer, read_pairs
 
 NUM_PAIRS = 2
-DATA = ROOT / "examples" / "preferences.jsonl"
+DATA = ROOT / "benchmarks" / "pairs.jsonl"  # long answers, as data sets have them
+sys.path.append(str(ROOT / "examples"))
 
 
 @dataclass(frozen=True)
@@ -26,22 +28,16 @@ class Batch:
         return self.completion_mask[:, 1:]
 
 
-def load_demo() -> Any:
-    """The example as a module: it reads pairs, loads a model, and encodes."""
-    path = ROOT / "examples" / "score_preferences.py"
-    spec = importlib.util.spec_from_file_location("score_preferences", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_causal_lm(folder: Path | None) -> tuple[Any, Any]:
+    """The model and its tokenizer, as the examples load them."""
+    from causal_lm import CURE, find_smollm2, load_model, load_tokenizer
 
-
-def load_causal_lm(demo: Any, folder: Path | None) -> tuple[Any, Any]:
     try:
-        return demo.load_model(folder or demo.find_smollm2(), torch.device("cpu"), torch.float32)
+        folder = folder or find_smollm2()
+        tokenizer, _ = load_tokenizer(folder)
+        return load_model(folder, torch.device("cpu"), torch.float32), tokenizer
     except ImportError as error:
-        raise SystemExit(f"error: {error}{demo.CURE}") from error
+        raise SystemExit(f"error: {error}{CURE}") from error
 
 
 def trainable_copy(model: Any) -> Any:
@@ -55,9 +51,10 @@ def trainable_copy(model: Any) -> Any:
     return copy.train()
 
 
-def make_batch(demo: Any, tokenizer: Any, data: Path, seq_len: int) -> Batch:
+def make_batch(tokenizer: Any, data: Path, seq_len: int) -> Batch:
     """Return NUM_PAIRS pairs; a sequence is as many pairs, one after another, as fill seq_len."""
-    pairs = iter(demo.read_pairs(data))
+    pairs = read_pairs(data)
+    encode = PairTokenizer(tokenizer, max_length=seq_len)
     sides: list[list[tuple[list[int], list[int]]]] = [[], []]  # chosen, rejected: ids and mask
     for _ in range(NUM_PAIRS):
         rows: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
@@ -65,11 +62,13 @@ def make_batch(demo: Any, tokenizer: Any, data: Path, seq_len: int) -> Batch:
             pair = next(pairs, None)
             if pair is None:
                 break
-            for (ids, mask), answer in zip(rows, (pair.chosen, pair.rejected), strict=True):
-                encoded = demo.encode(tokenizer, pair.source, pair.prompt, answer, seq_len)
-                num_answer = len(encoded.ids) - encoded.num_prompt
-                ids += encoded.ids
-                mask += [0] * (len(encoded.ids) - max(0, num_answer)) + [1] * max(0, num_answer)
+            (encoded,) = encode([pair])
+            if isinstance(encoded, ValueError):
+                raise SystemExit(f"error: {encoded}")
+            prompt_ids = encoded["prompt_ids"]
+            for (ids, mask), side in zip(rows, ("chosen", "rejected"), strict=True):
+                ids += [*prompt_ids, *encoded[f"{side}_ids"]]
+                mask += [0] * len(prompt_ids) + encoded[f"{side}_mask"]
         for side, (ids, mask) in zip(sides, rows, strict=True):
             if 1 not in mask[1:seq_len]:
                 raise SystemExit(

@@ -15,8 +15,9 @@ import torch
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import Columns
 from benchmarks.head.peers import TRL
-from dpo_triton._head._tiles import TILE_V, Tiles, kept_numel
-from dpo_triton.linear import TILE_BYTES_ELSEWHERE
+from dpo_triton._backends import backend_named
+from dpo_triton._head._autograd import TILE_BYTES_ELSEWHERE
+from dpo_triton._head._tiles import Plan, Tiles
 
 TOKENS = 8192
 BF16, FLOAT32 = 2, 4
@@ -84,12 +85,13 @@ def schemes(is_frozen: bool) -> list[Scheme]:
 
     TRL: forward a product and a kernel; backward a product, a kernel in place, and a product for
     each gradient that adds to a float32 sum; zeros before and a conversion after.
-    This package: forward a product, a kernel, three small copies; backward the same product, a
-    kernel, a product and an addition for hidden's gradient, a product that writes weight's (a call
-    of TOKENS tokens is one tile of rows). With a frozen head the gradient is made in the forward
-    pass: eleven small operations for the rescaling, a kernel, a product and an addition.
+    This package: forward a product and a kernel; backward the same product, a kernel, a product
+    that adds to hidden's gradient, and one that writes weight's (a block of rows: where there are
+    several it adds). With a frozen head the gradient is made in the forward pass: combine of the
+    columns so far, fourteen small operations for the rescaling, a kernel, a product that adds.
     """
-    rows = TILE_BYTES_ELSEWHERE // (TILE_V * BF16)
+    width = backend_named("triton").tile_width
+    rows = TILE_BYTES_ELSEWHERE // (width * BF16)
     trl = Scheme(
         TRL,
         TRL_TILE,
@@ -105,14 +107,14 @@ def schemes(is_frozen: bool) -> list[Scheme]:
     )
     ours = Scheme(
         OURS,
-        (rows, TILE_V),
+        (rows, width),
         products=2 if is_frozen else 4,
-        launches=19 if is_frozen else 10,
+        launches=19 if is_frozen else 6,
         logits=5 if is_frozen else 7,
         weight_reads=2 if is_frozen else 3,
         hidden_reads=1 if is_frozen else 3,
-        # A product of its own, written and read, and the sum read and written; rescaled if frozen.
-        hidden_sum_bytes=(6 if is_frozen else 4) * FLOAT32,
+        # The sum is read and written; if frozen, rescaled too.
+        hidden_sum_bytes=(4 if is_frozen else 2) * FLOAT32,
         weight_sum_bytes=0,
         weight_bytes=0 if is_frozen else BF16,
         keeps_tiles=not is_frozen,
@@ -166,7 +168,8 @@ def _row(
 
 def _kept_tiles(scored: int, vocab_size: int) -> int:
     """How many tiles of this package the backward pass has no need to make again."""
-    numel = kept_numel(scored, vocab_size, TILE_BYTES_ELSEWHERE, torch.bfloat16)
+    plan = Plan(torch.bfloat16, TILE_BYTES_ELSEWHERE, (True, True, False), "triton")
+    numel = plan.kept_numel(scored, vocab_size)
     kept = torch.empty(numel, dtype=torch.bfloat16, device="meta")
-    walk = Tiles(scored, vocab_size, TILE_BYTES_ELSEWHERE, kept, torch.bfloat16)
+    walk = Tiles(scored, vocab_size, plan, kept)
     return sum(tile.is_kept for tile in walk)
