@@ -144,6 +144,17 @@ def test_two_writers_are_refused_at_the_start(tmp_path):
     run(model, dataset, path)
 
 
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked on this file system"):
+        run(TinyModel(), draw_dataset(), tmp_path / "ref.safetensors")
+
+
 def test_another_batch_size_may_go_on(tmp_path, monkeypatch):
     model, dataset, path = TinyModel(), draw_dataset(), tmp_path / "ref.safetensors"
     expected = run(model, dataset, path)

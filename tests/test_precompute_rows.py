@@ -239,6 +239,16 @@ def test_damaged_rows_of_a_file_are_counted_and_scored_again(field, other, tmp_p
     assert equal(run(model, dataset, path), ours)
 
 
+def test_a_damaged_description_is_said(tmp_path):
+    model, dataset, path = TinyModel(), draw_dataset(), tmp_path / "ref.safetensors"
+    run(model, dataset, path)
+    content = path.read_bytes()
+    assert content.count(b"configuration") == 1
+    path.write_bytes(content.replace(b'\\"configuration\\"', b'\\"configuration  '))
+    with pytest.raises(ValueError, match="another model: what it says of it is damaged"):
+        run(model, dataset, path)
+
+
 class Row(dict):
     alive, most = 0, 0
 

@@ -50,10 +50,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def difference(name: str, found: str | None, now: str) -> str:
     """Say how a part of an origin differs from the present one, which it does."""
-    try:
-        before, after = (json.loads(text or "{}") for text in (found, now))
-    except ValueError:  # "autocast", which is no JSON
+    if name == "autocast":
         return f"{found} then, {now} now"
+    after = json.loads(now)
+    try:
+        before = json.loads(found or "{}")
+    except ValueError:
+        return "what it says of it is damaged"
     if name == "tokenizer":
         if before and after:
             parts = [part for part in after if before.get(part) != after[part]]
