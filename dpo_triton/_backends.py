@@ -1,30 +1,17 @@
-"""The three stages as one value, and the one place that asks which of them can run on a device."""
+"""Which backend runs on a device: asked once a call."""
 
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from types import ModuleType
+from typing import Literal
 
 import torch
-from torch import Tensor
+
+from ._records import Backend
 
 BackendName = Literal["auto", "triton", "torch"]
-
-
-class Backend(NamedTuple):
-    """Three stage functions with the arguments and results of the operators in `_ops`."""
-
-    partials: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    combine: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
-    grad: Callable[..., Tensor]
-    num_splits: Callable[[int], int]  # columns -> entries of the partials for each token
-    on_host: bool  # values can be read without waiting for a device
-
-    @property
-    def checks_values(self) -> bool:
-        """Whether wrong labels and cu_seqlens raise: on a GPU only if it may be waited for."""
-        return self.on_host or os.environ.get("DPO_TRITON_DEBUG") == "1"
+BACKEND_NAMES = ("auto", "triton", "torch")
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -60,18 +47,40 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
     return _triton_backend()
 
 
+def backend_named(name: str) -> Backend:
+    """The backend of a name that `resolve_backend` found."""
+    return _triton_backend() if name == "triton" else _torch_backend()
+
+
+def checks_values(backend: Backend) -> bool:
+    """Whether wrong labels and cu_seqlens raise: on a GPU only if it may be waited for."""
+    return backend.on_host or os.environ.get("DPO_TRITON_DEBUG") == "1"
+
+
 @functools.cache
 def _torch_backend() -> Backend:
-    from . import _torch_stages as stages
+    from . import _torch_stages
 
-    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, True)
+    return _backend("torch", _torch_stages, tile_width=4096, on_host=True)
 
 
 @functools.cache
 def _triton_backend() -> Backend:
-    from . import kernels as stages
+    if importlib.util.find_spec(".kernels", __package__) is None:
+        raise ModuleNotFoundError(
+            f"{os.path.join(os.path.dirname(__file__), 'kernels')} is a link to the kernels, and "
+            "this is a copy without symbolic links (a zip, or git on Windows); run `pip install .` "
+            'in it, which needs no links, or pass backend="torch"'
+        )
+    from . import kernels
 
-    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, False)
+    # A GPU waits for the host where tiles are narrow.
+    return _backend("triton", kernels, tile_width=32768, on_host=False)
+
+
+def _backend(name: str, stages: ModuleType, tile_width: int, on_host: bool) -> Backend:
+    functions = (stages.partials, stages.combine, stages.grad, stages.num_splits)
+    return Backend(name, *functions, tile_width, on_host)
 
 
 def _triton_serves(device_type: str, interpret: str) -> bool:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._records import Scaling
+
 # Elements of the buffer, 6.5 MiB of float32: enough to hide the cost of starting an operation.
 BUFFER_NUMEL = 13 << 17
-LN2 = math.log(2.0)
 # PyTorch gives a thread at least so many elements (at::internal::GRAIN_SIZE) ...
 GRAIN = 32768
 # ... and its vectors hold at most so many float32 (AVX-512).
@@ -20,17 +21,10 @@ LONGEST_VECTOR = 16
 Run = tuple[int, int]  # first row, number of rows
 
 
-def exponent_scale(
-    temperature: float, logit_scale: float, softcap: float | None, dtype: torch.dtype
-) -> float:
-    """Slope of z in u over ln 2, as a number of dtype: all three stages must use the same."""
-    scale = (1.0 if softcap is not None else logit_scale) / temperature / LN2
+def exponent_scale(scaling: Scaling, dtype: torch.dtype) -> float:
+    """The scaling's, as a number of dtype: all three stages must use the same."""
+    scale = scaling.exponent_scale
     return scale if dtype == torch.float64 else float(np.float32(scale))
-
-
-def cap_(x: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
-    """Logits to u, in place: without a softcap logit_scale is part of the slope of z in u."""
-    return x if softcap is None else x.mul_(logit_scale / softcap).tanh_().mul_(softcap)
 
 
 def row_grid(x: Tensor) -> Tensor:
@@ -108,15 +102,13 @@ class Workspace:
         shape = (max(self.max_rows, self.min_rows), pitch)
         self.padded = _kept_buffer(math.prod(shape), dtype, logits.device).view(shape)
 
-    def load(
-        self, grid: Tensor, runs: list[Run], logit_scale: float, softcap: float | None
-    ) -> Tensor:
+    def load(self, grid: Tensor, runs: list[Run], scaling: Scaling) -> Tensor:
         """Fill with u of the runs' rows, and return them as a view (R, V)."""
         sources = views(grid, runs)
         u = self.rows(sum(length for _, length in runs))
         for source, place in zip(sources, split_like(u, sources), strict=True):
             place.copy_(source)
-        cap_(self.block(len(u)), logit_scale, softcap)
+        scaling.cap_(self.block(len(u)))
         return u
 
     def rows(self, num_rows: int) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._records import Columns, Scaling, Scored
 from ._rows import (
     Workspace,
     blocks,
@@ -19,34 +20,29 @@ from ._rows import (
 def grad(
     grad_logps: Tensor,
     logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    complement: Tensor,
-    reference: Tensor,
-    share: Tensor,
-    shift: bool,
-    first_column: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scored: Scored,
+    softmax: Tensor,
+    columns: Columns,
+    scaling: Scaling,
     out: Tensor | None,
 ) -> Tensor:
     """Return the gradient of logits, (B, T, W), in `out` if given, which may be logits itself.
 
-    They are the W columns from first_column on of the vocabulary.
-
-    grad_logps is (B, T); it is not read where a token is not scored.
+    They are the W columns from `columns.first` on of the vocabulary. grad_logps is (B, T); it is
+    not read where a token is not scored.
     """
+    labels, weights, shift = scored
+    complement, reference, share, _ = softmax
+    softcap = scaling.softcap
     dtype = weights.dtype
-    scored = weights.flatten().nonzero().squeeze(1)
-    rows = row_numbers(scored, shift)
-    scale = exponent_scale(temperature, logit_scale, softcap, dtype)
+    tokens = weights.flatten().nonzero().squeeze(1)
+    rows = row_numbers(tokens, shift)
+    scale = exponent_scale(scaling, dtype)
 
     def of_rows(x: Tensor) -> Tensor:  # (B, T) or (B * T,) to (M, 1)
-        return x.reshape(-1).index_select(0, scored)[:, None]
+        return x.reshape(-1).index_select(0, tokens)[:, None]
 
-    slope = (1.0 if softcap is not None else logit_scale) / temperature
-    coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * slope
+    coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * scaling.slope
     target_grad = coefficient * of_rows(complement)
     scaled_share = -coefficient * of_rows(share)
 
@@ -64,7 +60,7 @@ def grad(
     workspace = Workspace(logits, len(rows), dtype)
     chain = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
     offsets = workspace.pad(-of_rows(reference))
-    y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
+    y = own_columns(labels.flatten().index_select(0, tokens), columns.first, logits.shape[-1])
     per_row = (y, target_grad, scaled_share)
     per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
     lo = 0
@@ -72,10 +68,10 @@ def grad(
         blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
     ):
         num_rows = len(y_here)
-        d = workspace.load(grid, runs, logit_scale, softcap)
+        d = workspace.load(grid, runs, scaling)
         if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
             torch.div(d, softcap, out=chain[:num_rows])
-            chain[:num_rows].square_().neg_().add_(1).mul_(logit_scale)
+            chain[:num_rows].square_().neg_().add_(1).mul_(scaling.logit_scale)
         workspace.to_exponents(num_rows, offsets[lo:], scale)
         workspace.exp2_(num_rows)
         d.mul_(scale_here)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._weights import sum_dtype, token_weights
+from .._records import Columns, Partials, Scaling, Tokens, sum_dtype
+from .._weights import token_weights
 from ._rows import (
     Workspace,
     blocks,
-    cap_,
     exponent_error,
     exponent_scale,
     own_columns,
@@ -35,38 +35,28 @@ def num_splits(num_columns: int) -> int:
 
 def partials(
     logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    first_column: int,
-    vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    tokens: Tokens,
+    columns: Columns,
+    scaling: Scaling,
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return partials (C, 1, B * T), target (B * T,) and weights (B, T), float32 or float64 like
-    the logits, which are the columns from first_column on of a vocabulary of vocab_size.
-
-    C is 2 (peak, total) and one more for each of `stats`. The target is -inf where it is not in
-    these columns.
-    """
+    out: Partials,
+) -> None:
+    """Write the partials, K = 1, of float32, or float64 like the logits."""
+    logits = logits[..., : columns.width]
+    labels, first_column = tokens.labels, columns.first
     dtype = sum_dtype(logits.dtype)
-    weights = token_weights(labels, mask, cu_seqlens, shift, ignore_index, dtype)
+    weights = out.weights.copy_(token_weights(tokens, dtype))
     scored = weights.flatten().nonzero().squeeze(1)
     y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
 
-    scale = exponent_scale(temperature, logit_scale, softcap, dtype)
+    scale = exponent_scale(scaling, dtype)
     grid = row_grid(logits)
-    rows = row_numbers(scored, shift)
-    row = scored - int(shift)
+    rows = row_numbers(scored, tokens.shift)
+    row = scored - int(tokens.shift)
     num_columns = logits.shape[-1]
     here = y[:, 0].clamp(0, num_columns - 1)
     x_y = grid[row // grid.shape[1], row % grid.shape[1], here]
-    target = cap_(x_y.to(dtype), logit_scale, softcap)
-    target.masked_fill_(y[:, 0] != here, -math.inf)
+    target = scaling.cap_(x_y.to(dtype))
 
     workspace = Workspace(logits, len(rows), dtype)
     spare = torch.empty_like(workspace.rows(workspace.max_rows)) if "entropy" in stats else None
@@ -74,7 +64,7 @@ def partials(
     peak, total = channels[:2]
     for runs in blocks(rows, grid.shape[1], len(rows)):
         guesses = [view[:, :PEAK_COLUMNS].amax(1, keepdim=True) for view in views(grid, runs)]
-        peak.copy_(cap_(torch.cat(guesses).to(dtype), logit_scale, softcap))
+        peak.copy_(scaling.cap_(torch.cat(guesses).to(dtype)))
     offsets = workspace.pad(peak * -scale)
     # Views for each block are made here, all at once: in the loop they would cost a tenth of it.
     # Without a scored token there is no block, but split gives one empty view: hence no strict zip.
@@ -83,32 +73,30 @@ def partials(
         [offsets[lo:] for lo in range(0, max(1, len(rows)), workspace.max_rows)],
         strict=True,
     )
-    for runs, (y_here, *out, offsets_here) in zip(
+    for runs, (y_here, *sums, offsets_here) in zip(
         blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
     ):
-        workspace.load(grid, runs, logit_scale, softcap)
-        _fold(workspace, y_here, scale, offsets_here, out, spare, stats)
+        workspace.load(grid, runs, scaling)
+        _fold(workspace, y_here, scale, offsets_here, sums, spare, stats)
     is_poor = ~((total >= 1 / TRUSTED) & (total <= TRUSTED)).squeeze(1)
     for n in is_poor.nonzero().flatten().tolist():
         one = slice(n, n + 1)
-        u = workspace.load(grid, [(int(rows[n]), 1)], logit_scale, softcap)
+        u = workspace.load(grid, [(int(rows[n]), 1)], scaling)
         workspace.fill_target_(y[one], -math.inf)
         others_peak = u.amax(1, keepdim=True)
         peak[one] = others_peak.clamp_(min=LOWEST)
-        workspace.load(grid, [(int(rows[n]), 1)], logit_scale, softcap)
-        out = [x[one] for x in channels[1:]]
-        _fold(workspace, y[one], scale, workspace.pad(peak[one] * -scale), out, spare, stats)
+        workspace.load(grid, [(int(rows[n]), 1)], scaling)
+        sums = [x[one] for x in channels[1:]]
+        _fold(workspace, y[one], scale, workspace.pad(peak[one] * -scale), sums, spare, stats)
     _make_exact(channels, scale, stats)
     if "top1" in stats:  # of columns that all come after the target, an equal one does not win
         rival = channels[2 + list(stats).index("top1")]
         is_later = labels.flatten().index_select(0, scored)[:, None] < first_column
         rival.copy_(torch.where(is_later, rival.nextafter(rival.new_tensor(-math.inf)), rival))
 
-    num_tokens = labels.numel()
-    partials = channels.new_empty((2 + len(stats), 1, num_tokens))
-    partials.index_copy_(2, scored, channels.transpose(1, 2))
-    targets = channels.new_empty(num_tokens).index_copy_(0, scored, target)
-    return partials, targets, weights
+    out.sums.index_copy_(2, scored, channels.transpose(1, 2))
+    is_here = y[:, 0] == here
+    out.target.index_copy_(0, scored[is_here], target[is_here])
 
 
 def _fold(

@@ -67,8 +67,10 @@ def simpo_loss(
 
     Source: Meng et al. 2024, arXiv:2405.14734; Gupta et al. 2025, arXiv:2501.03884.
     """
-    check_number("simpo_gamma", simpo_gamma)
-    chosen, rejected = _rewarded(chosen_logps, rejected_logps, beta, label_smoothing, alpha)
+    simpo_gamma = check_number("simpo_gamma", simpo_gamma)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
+    chosen, rejected = _rewarded(chosen_logps, rejected_logps, alpha)
     losses = smoothed_logistic(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
     return with_rewards(losses, beta, chosen, rejected)
 
@@ -96,8 +98,10 @@ def cpo_loss(
 
     Source: Xu et al. 2024, arXiv:2401.08417.
     """
-    check_number("cpo_alpha", cpo_alpha)
-    chosen, rejected = _rewarded(chosen_logps, rejected_logps, beta, label_smoothing, alpha)
+    cpo_alpha = check_number("cpo_alpha", cpo_alpha)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
+    chosen, rejected = _rewarded(chosen_logps, rejected_logps, alpha)
     nll = -wide(chosen_logps)
     if chosen_lengths is not None:
         check_lengths(chosen_logps, chosen_lengths=chosen_lengths)
@@ -126,7 +130,7 @@ def orpo_loss(
 
     Source: Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     check_logps(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     chosen, rejected = wide(chosen_logps), wide(rejected_logps)
     nll = -chosen
@@ -152,13 +156,9 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x < -math.log(2), far, near)
 
 
-def _rewarded(
-    chosen_logps: Tensor, rejected_logps: Tensor, beta: float, label_smoothing: float, alpha: float
-) -> tuple[Tensor, Tensor]:
+def _rewarded(chosen_logps: Tensor, rejected_logps: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Both log-probabilities, checked, or AlphaPO's rewards of them."""
-    check_beta(beta)
-    check_label_smoothing(label_smoothing)
-    check_number("alpha", alpha)
+    alpha = check_number("alpha", alpha)
     check_logps(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     return power_score(wide(chosen_logps), -alpha), power_score(wide(rejected_logps), -alpha)
 
