@@ -54,6 +54,15 @@ def print_comparison(fused: Compared, materialised: Compared) -> bool:
     return True
 
 
+def in_words(fused: Compared, materialised: Compared) -> str:
+    """One line of time and memory."""
+    sides = []
+    for how, result in (("without logits", fused), ("with them", materialised)):
+        peak = "" if result.peak_gib is None else f" and {result.peak_gib:.2f} GiB at most"
+        sides.append(f"{how} {result.seconds:.1f} s{peak}")
+    return f"The first {len(fused.losses)} steps took {', '.join(sides)}."
+
+
 def reset_peak(device: torch.device) -> None:
     """Forget what loading took, where the system can."""
     if device.type == "cuda":

@@ -25,7 +25,7 @@ import command_line
 import torch
 from causal_lm import CURE
 from checkpoints import Checkpoint, NotFinite, Step, locked
-from comparison import Compared, compare, print_comparison
+from comparison import Compared, compare, in_words, print_comparison
 from preference_training import (
     Evaluation,
     Options,
@@ -98,11 +98,15 @@ def run(args: argparse.Namespace) -> int:
     write_report(args, setup, steps, evaluations, compared, seconds)
     title = f"{args.loss}, beta {args.beta:g}, lr {args.lr:g}, seed {args.seed}: "
     title += f"{len(setup.train_rows)} pairs, {len(rows)} held out"
+    if compared:
+        title += f"\n{in_words(*compared)}"
     plot(args.output / "training.png", steps, evaluations, before, after, title)
     times = len(steps) * args.batch_size / len(setup.train_rows)
     in_steps = sum(step.seconds for step in steps)
     print(f"\n{len(setup.train_rows)} pairs, each trained on {times:.1f} times, in {seconds:.0f} s,"
           f" {in_steps:.0f} s in the steps; see {args.output}")  # fmt: skip
+    if compared:
+        print(in_words(*compared))
     if evaluations:
         print_evaluations(evaluations, len(rows))
         print(verdict(evaluations[1].reward_accuracy, len(rows)))

@@ -152,7 +152,9 @@ def test_compare_finds_the_same_losses_with_and_without_logits(
     assert train_dpo.main(alone) == 0
     argv = command(tiny, data, tmp_path / "out", "--compare", 3)
     assert train_dpo.main(argv) == 0
-    table = capsys.readouterr().out.partition("difference\n")[2].splitlines()
+    printed = capsys.readouterr().out
+    assert "The first 3 steps took without logits" in printed
+    table = printed.partition("difference\n")[2].splitlines()
     steps = [line.split() for line in table if line[:1].isdigit()][:3]
     assert all(float(difference) <= 1e-5 for *_, difference in steps)
     assert float(steps[0][1]) != float(steps[-1][1])  # it did train

@@ -1,5 +1,6 @@
 """Tokenised pairs in a folder, mapped into memory: 300,000 rows take no more of it than three."""
 
+import copy
 import json
 import os
 import shutil
@@ -60,22 +61,21 @@ class TokenRows(Sequence[Row]):
     A row is what `PairTokenizer` gives, read from the disk each time.
     """
 
-    def __init__(self, folder: Path, numbers: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
-        self.folder = folder
         self.report = Report(**header["report"])
         self._paths: list[str] = header["paths"]
         self._entries = _mapped(folder / "rows.bin", ENTRY)
         self._tokens = _mapped(folder / "tokens.bin", np.dtype("<i4"))
         self._mask = _mapped(folder / "mask.bin", np.dtype("u1"))
-        self._numbers = np.arange(len(self._entries)) if numbers is None else numbers
+        self._numbers = np.arange(len(self._entries))
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
-            return TokenRows(self.folder, self._numbers[i])
+            return self.select(np.arange(len(self))[i])
         entry = self._entries[self._numbers[i]]
         at = int(entry["start"])
         row: Row = dict(source=f"{self._paths[entry['file']]}:{entry['line']}")
@@ -90,7 +90,9 @@ class TokenRows(Sequence[Row]):
 
     def select(self, numbers: npt.ArrayLike) -> "TokenRows":
         """A view of the rows of these numbers, in their order."""
-        return TokenRows(self.folder, self._numbers[np.asarray(numbers, dtype=np.int64)])
+        view = copy.copy(self)
+        view._numbers = self._numbers[np.asarray(numbers, dtype=np.int64)]
+        return view
 
     @property
     def scored(self) -> npt.NDArray[np.int64]:

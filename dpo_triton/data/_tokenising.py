@@ -110,9 +110,9 @@ class PairTokenizer:
             raise ValueError("the row has tools, which the chat template does not write")
         prompt_text = self._template(pair, pair.prompt, add_generation_prompt=True)
         answers = (pair.chosen, pair.rejected)
-        return prompt_text, [self._turns(pair, answer) for answer in answers]
+        return prompt_text, [self._turns(pair, prompt_text, answer) for answer in answers]
 
-    def _turns(self, pair: Pair, answer: Any) -> list[_Turn]:
+    def _turns(self, pair: Pair, prompt_text: str, answer: Any) -> list[_Turn]:
         """The last one's `after` is the whole text; its `before` too where nobody speaks there."""
         assert isinstance(pair.prompt, list)
         turns = []
@@ -121,8 +121,8 @@ class PairTokenizer:
             if is_scored or i + 1 == len(answer):
                 so_far = [*pair.prompt, *answer[: i + 1]]
                 after = self._template(pair, so_far)
-                before = after
-                if is_scored:
+                before = prompt_text if i == 0 else after
+                if is_scored and i > 0:
                     before = self._template(pair, so_far[:-1], add_generation_prompt=True)
                 turns.append(_Turn(before, after))
         return turns
