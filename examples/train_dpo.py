@@ -13,6 +13,7 @@ in model/ what was trained: a LoRA adapter, or with --full all. Either is a --mo
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -158,15 +159,24 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """What decides the losses, as text; a path counts by its name: what is in the file is checked
-    by its hash in ref_logps.safetensors."""
+    """What decides the losses, as text; a path counts by its name, a file by what is in it too."""
     named = {}
     for name in SETTINGS:
         value = getattr(args, name)
         paths = value if isinstance(value, list) else [value]
-        shown = [v.name if isinstance(v, Path) else v for v in paths]
+        shown = [name_and_content(v) if isinstance(v, Path) else v for v in paths]
         named[name] = str(shown if isinstance(value, list) else shown[0])
     return named
+
+
+def name_and_content(path: Path) -> str:
+    if not path.is_file():
+        return path.name
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return f"{path.name} with SHA-256 {digest.hexdigest()[:12]}"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
