@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-BackendName = Literal["auto", "triton", "torch"]
+BackendName = Literal["auto", "triton", "cpu", "torch"]
 
 
 class Backend(NamedTuple):
@@ -28,18 +28,32 @@ class Backend(NamedTuple):
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return the backend for tensors on `device`; "auto" is Triton on a GPU and PyTorch elsewhere.
+    """Return the backend for tensors on `device`; "auto" is Triton on a GPU, compiled loops on a
+    CPU if numba is installed, and PyTorch elsewhere.
 
     Raises:
-        ModuleNotFoundError: Triton is asked for, or is what "auto" means here, and is not
-        installed.
-        RuntimeError: Triton is asked for and nothing can run its kernels on tensors of `device`.
+        ModuleNotFoundError: what the backend that is asked for, or that "auto" means here, needs
+        is not installed.
+        RuntimeError: a backend is asked for that cannot run on tensors of `device`.
         TypeError: Triton and float64.
     """
     if name == "auto":
-        name = "triton" if device.type == "cuda" else "torch"
+        of_device = {"cuda": "triton", "cpu": "cpu" if _is_installed("numba") else "torch"}
+        name = of_device.get(device.type, "torch")
     if name == "torch":
         return _torch_backend()
+    if name == "cpu":
+        if not _is_installed("numba"):
+            raise ModuleNotFoundError(
+                'backend="cpu" needs numba, which is not installed; install it with '
+                '`pip install numba`, or pass backend="torch"'
+            )
+        if device.type != "cpu":
+            raise RuntimeError(
+                f'backend="cpu" got tensors on {device}; move them to the CPU, or pass '
+                'backend="auto"'
+            )
+        return _cpu_backend()
     if dtype == torch.float64:
         raise TypeError(
             "logits are float64, and the Triton backend computes in float32; pass float32, "
@@ -68,10 +82,22 @@ def _torch_backend() -> Backend:
 
 
 @functools.cache
+def _cpu_backend() -> Backend:
+    from . import _cpu_stages as stages
+
+    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, True)
+
+
+@functools.cache
 def _triton_backend() -> Backend:
     from . import kernels as stages
 
     return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, False)
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _triton_serves(device_type: str, interpret: str) -> bool:

@@ -227,7 +227,7 @@ def check_choices(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if backend not in get_args(BackendName):
-        raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}')
+        raise ValueError(f'backend must be "auto", "triton", "cpu" or "torch", got {backend!r}')
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:

@@ -1,0 +1,54 @@
+"""Second stage: from partials to log-probabilities and sequences; see `kernels/combine.py`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _loops
+from ._rows import array, exponent_scale, flags
+
+
+def combine(
+    partials: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    reduction: str,
+    vocab_size: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    stats: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return values and lengths (S,), logps (B, T), what `grad` takes of each token (complement,
+    reference and share, (B * T,) each), and stats (E, B, T).
+
+    With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
+    0.
+    """
+    batch, seq_len = weights.shape
+    num_sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype = weights.dtype
+    sizes = (0, 0) if reduction == "none" else (num_sequences, num_sequences)
+    values, lengths = (torch.empty(size, dtype=dtype) for size in sizes)
+    logps = torch.empty_like(weights)
+    of_grad = [torch.empty_like(target) for _ in range(4)]
+    token_stats = torch.empty((len(stats), batch, seq_len), dtype=dtype)
+    _loops.combine_sequences(
+        partials.contiguous().numpy(),
+        array(target),
+        array(weights),
+        None if cu_seqlens is None else array(cu_seqlens.long()),
+        seq_len,
+        reduction == "mean",
+        float(exponent_scale(temperature, logit_scale, softcap, dtype)),
+        vocab_size,
+        flags(stats),
+        array(values),
+        array(lengths),
+        array(logps),
+        tuple(map(array, of_grad)),
+        token_stats.flatten(1).numpy(),
+    )
+    return values, lengths, logps, *of_grad[:3], token_stats
