@@ -27,6 +27,7 @@ C4, C5 = F32(0.009671512991189957), F32(0.001326472731307149)
 SHIFTER = F32(1.5 * 2.0**23 + 127.0)
 LN2 = float(np.log(2.0))
 ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8  # in the order of the partials' channels
+MAX_STATS = 4
 
 
 def compiled(function: Callable) -> Callable:
@@ -53,6 +54,18 @@ def at(_, address, index, like):
         return builder.gep(base, [args[1]])
 
     return pointer(types.int64, types.int64, like), generate
+
+
+@njit
+def view(address, size, like):
+    """What begins at address as an array (size,) of the type of `like`."""
+    return carray(at(address, 0, like), size)
+
+
+@njit
+def views(addresses, size, like):
+    a, b, c, d = addresses
+    return view(a, size, like), view(b, size, like), view(c, size, like), view(d, size, like)
 
 
 @intrinsic
@@ -273,29 +286,33 @@ def sum_of(u, size):
 
 @compiled
 def token_weights(
-    num_tokens, seq_len, shift, ignore_index, vocab_size, labels, mask, cu_seqlens, num_sequences,
-    weights,
+    num_tokens, seq_len, shift, ignore_index, vocab_size,
+    labels, mask, cu_seqlens, num_sequences, weights, real,
 ):  # fmt: skip
-    """Write the tokens' weights; return the numbers of scored tokens and of labels outside.
+    """Write the tokens' weights (N,); return the numbers of scored tokens and of labels outside.
 
-    All but the sizes are arrays of N elements, but cu_seqlens, and may be None: the mask and
-    cu_seqlens. Tokens beyond the last sequence are not scored.
+    The mask has the type of `real`. Without a mask, or cu_seqlens (S + 1,), their address is 0.
+    Tokens beyond the last sequence are not scored.
     """
+    labels, weights = view(labels, num_tokens, 0), view(weights, num_tokens, real)
+    zero, one = weights.dtype.type(0.0), weights.dtype.type(1.0)
+    has_mask, is_packed = mask != 0, cu_seqlens != 0
+    mask, cu_seqlens = view(mask, num_tokens, real), view(cu_seqlens, num_sequences + 1, 0)
     num_scored, num_outside = 0, 0
     sequence, stop = 0, 0
     for n in range(num_tokens):
-        weight = weights.dtype.type(1.0) if mask is None else mask[n]
+        weight = mask[n] if has_mask else one
         is_first = n % seq_len == 0
-        if cu_seqlens is not None:
+        if is_packed:
             is_first = False
             while sequence < num_sequences and n >= stop:
                 sequence += 1
                 is_first = True
                 stop = cu_seqlens[sequence]
             if n >= stop:
-                weight = weights.dtype.type(0.0)
+                weight = zero
         if labels[n] == ignore_index or (shift and is_first):
-            weight = weights.dtype.type(0.0)
+            weight = zero
         weights[n] = weight
         if weight != 0:
             num_scored += 1
@@ -312,13 +329,16 @@ def fold_rows(
 ):  # fmt: skip
     """Write target (N,) and partials (C, N) of scored tokens, claiming `step` of them at a time.
 
-    logits is an address, element a number of the logits' type; softcap may be None, and stats,
+    Logits have the type of `element`, all others that of `scale`. softcap may be None, and stats,
     flags of what else is asked for.
     """
-    u = np.empty(BLOCK, partials.dtype)
-    lowest = partials.dtype.type(np.finfo(partials.dtype).min)
+    labels, weights = view(labels, num_tokens, 0), view(weights, num_tokens, scale)
+    target = view(target, num_tokens, scale)
+    partials = view(partials, (2 + MAX_STATS) * num_tokens, scale).reshape(-1, num_tokens)
+    u = np.empty(BLOCK, target.dtype)
+    lowest = target.dtype.type(np.finfo(target.dtype).min)
     while True:
-        first = claim(counter.ctypes.data, step)
+        first = claim(counter, step)
         if first >= num_tokens:
             return
         for n in range(first, min(first + step, num_tokens)):
@@ -335,7 +355,7 @@ def fold_rows(
 
             peak, total = lowest, 0.0  # finite, so that a block of -inf makes no inf - inf
             products, logit_sum, squares = 0.0, 0.0, 0.0
-            earlier, later = partials.dtype.type(-np.inf), partials.dtype.type(-np.inf)
+            earlier, later = target.dtype.type(-np.inf), target.dtype.type(-np.inf)
             for start in range(0, num_columns, BLOCK):
                 size = min(BLOCK, num_columns - start)
                 x = carray(at(logits, offset + start, element), size)
@@ -370,7 +390,7 @@ def fold_rows(
                     partials[channel, n] = logit_sum / vocab_size
                     channel += 1
                 if stats & TOP1:  # the target is the first maximum if it is larger than this
-                    below = np.nextafter(later, partials.dtype.type(-np.inf))
+                    below = np.nextafter(later, target.dtype.type(-np.inf))
                     partials[channel, n] = max(earlier, below)
                     channel += 1
                 if stats & LOG_SUM_SQ_PROBS:
@@ -461,18 +481,25 @@ def combine_token(n, partials, target, scale, vocab_size, stats, logps, of_grad,
 
 @compiled
 def combine_sequences(
-    partials, target, weights, cu_seqlens, seq_len, is_mean, scale, vocab_size, stats,
-    values, lengths, logps, of_grad, token_stats,
+    num_tokens, seq_len, num_sequences, num_splits, partials, target, weights, cu_seqlens,
+    is_mean, scale, vocab_size, stats, values, lengths, logps, of_grad, token_stats,
 ):  # fmt: skip
-    """Write all outputs; cu_seqlens None means sequences of seq_len tokens. values may be empty."""
-    num_tokens = len(weights)
-    num_sequences = max(1, len(values))
+    """Write all outputs, all of the type of `scale`. Where cu_seqlens is 0, sequences have seq_len
+    tokens."""
+    partials = view(partials, (2 + MAX_STATS) * num_splits * num_tokens, scale)
+    partials = partials.reshape(-1, num_splits, num_tokens)
+    token_stats = view(token_stats, MAX_STATS * num_tokens, scale).reshape(-1, num_tokens)
+    target, weights = view(target, num_tokens, scale), view(weights, num_tokens, scale)
+    values, lengths = view(values, num_sequences, scale), view(lengths, num_sequences, scale)
+    logps, is_packed = view(logps, num_tokens, scale), cu_seqlens != 0
+    of_grad = views(of_grad, num_tokens, scale)
+    cu_seqlens = view(cu_seqlens, num_sequences + 1, 0)
     stop = 0
     for s in range(num_sequences + 1):  # after the last one, what belongs to none
         first = stop
         stop = num_tokens
-        if s < len(values):
-            stop = (s + 1) * seq_len if cu_seqlens is None else cu_seqlens[s + 1]
+        if s < num_sequences:
+            stop = cu_seqlens[s + 1] if is_packed else (s + 1) * seq_len
         value, length, num_scored = 0.0, 0.0, 0
         for n in range(first, stop):
             if weights[n] == 0:
@@ -480,12 +507,12 @@ def combine_sequences(
                 token_stats[:, n] = 0
                 continue
             logp = combine_token(
-                n, partials, target, scale, vocab_size, stats, logps, of_grad, token_stats
+                n, partials, target, np.float64(scale), vocab_size, stats, logps, of_grad, token_stats
             )
             value += logp * weights[n]
             length += weights[n]
             num_scored += 1
-        if s < len(values):
+        if s < num_sequences:
             values[s] = value / length if is_mean and num_scored > 0 else value
             lengths[s] = length
 
@@ -513,11 +540,12 @@ def grad_rows(
     of_grad, slope, logit_scale, softcap, out, out_stride_b, out_stride_t, fill_zeros,
 ):  # fmt: skip
     """Write the gradient of the rows of scored tokens, claiming `step` rows at a time, and zeros to
-    the others if asked to. logits, grad_logps and out are addresses."""
-    complement, reference, share, exponent_scale = of_grad
+    the others if asked to. Logits have the type of `element`, all others that of `slope`."""
+    labels, weights = view(labels, num_tokens, 0), view(weights, num_tokens, slope)
+    complement, reference, share, exponent_scale = views(of_grad, num_tokens, slope)
     u = np.empty(BLOCK, reference.dtype)
     while True:
-        first = claim(counter.ctypes.data, step)
+        first = claim(counter, step)
         if first >= num_tokens:
             return
         for row in range(first, min(first + step, num_tokens)):
@@ -530,7 +558,7 @@ def grad_rows(
                     carray(at(out, place, element), num_columns)[:] = element
                 continue
             index = n // seq_len * grad_stride_b + n % seq_len * grad_stride_t
-            upstream = carray(at(grad_logps, index, weights[n]), 1)[0]
+            upstream = carray(at(grad_logps, index, slope), 1)[0]
             coefficient = upstream * weights[n] * slope
             offset = b * stride_b + t * stride_t
             y = labels[n] - first_column

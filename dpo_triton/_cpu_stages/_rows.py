@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# In the loops bfloat16 is uint16, and float16 is int16.
+# A number of each type of logits: in the loops bfloat16 is uint16, and float16 is int16.
 ELEMENTS = {
     torch.bfloat16: np.uint16(0),
     torch.float16: np.int16(0),
@@ -19,18 +19,9 @@ REAL = {torch.float32: np.float32, torch.float64: np.float64}
 FLAGS = {"entropy": 1, "mean_logit": 2, "top1": 4, "log_sum_sq_probs": 8}
 
 
-def element(dtype: torch.dtype) -> Any:
-    return ELEMENTS[dtype]
-
-
-def array(x: Tensor) -> Any:
-    """x as a flat NumPy array: a view where it is contiguous."""
-    return x.detach().reshape(-1).numpy()
-
-
-def numbers(dtype: torch.dtype, first: float, second: float | None) -> Any:
-    real = REAL[dtype]
-    return real(first), None if second is None else real(second)
+def as_int64(x: Tensor) -> Tensor:
+    """Contiguous: itself, if it is."""
+    return x.to(torch.int64).contiguous()
 
 
 def flags(stats: Sequence[str]) -> int:

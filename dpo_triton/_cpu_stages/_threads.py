@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 # Logits of a thread below which waking another one costs more than it saves.
@@ -38,9 +37,9 @@ def share_rows(loop: Callable[..., None], num_rows: int, row_size: int, *inputs:
     that a thread which is held up, or does not come at all, leaves its rows to the others.
     """
     num_threads = min(torch.get_num_threads(), num_rows, num_rows * row_size // GRAIN)
-    counter = np.zeros(1, np.int64)
+    counter = torch.zeros(1, dtype=torch.int64)
     step = max(1, GRAIN // row_size)
-    inputs = (counter, step, num_rows, *inputs)
+    inputs = (counter.data_ptr(), step, num_rows, *inputs)
     if num_threads <= 1:
         loop(*inputs)
         return

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _loops
-from ._rows import array, exponent_scale, flags
+from ._rows import as_int64, exponent_scale, flags
 
 
 def combine(
@@ -35,20 +35,25 @@ def combine(
     logps = torch.empty_like(weights)
     of_grad = [torch.empty_like(target) for _ in range(4)]
     token_stats = torch.empty((len(stats), batch, seq_len), dtype=dtype)
+    partials = partials.contiguous()
+    cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens)
     _loops.combine_sequences(
-        partials.contiguous().numpy(),
-        array(target),
-        array(weights),
-        None if cu_seqlens is None else array(cu_seqlens.long()),
+        target.numel(),
         seq_len,
+        sizes[0],
+        partials.shape[1],
+        partials.data_ptr(),
+        target.data_ptr(),
+        weights.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         reduction == "mean",
-        float(exponent_scale(temperature, logit_scale, softcap, dtype)),
+        exponent_scale(temperature, logit_scale, softcap, dtype),
         vocab_size,
         flags(stats),
-        array(values),
-        array(lengths),
-        array(logps),
-        tuple(map(array, of_grad)),
-        token_stats.flatten(1).numpy(),
+        values.data_ptr(),
+        lengths.data_ptr(),
+        logps.data_ptr(),
+        tuple(x.data_ptr() for x in of_grad),
+        token_stats.data_ptr(),
     )
     return values, lengths, logps, *of_grad[:3], token_stats

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import _loops
-from ._rows import array, element, exponent_scale, numbers
+from ._rows import ELEMENTS, REAL, as_int64, exponent_scale
 from ._threads import share_rows
 
 
@@ -36,9 +36,9 @@ def grad(
     fresh = out is None
     if out is None:
         out = _zeros(logits)
-    grad_logps = grad_logps.to(dtype)
+    grad_logps, labels = grad_logps.to(dtype), as_int64(labels)
+    real = REAL[dtype]
     scale = exponent_scale(temperature, logit_scale, softcap, dtype)
-    slope = (1.0 if softcap is not None else logit_scale) / temperature
     of_grad = (complement, reference, share, torch.full_like(share, scale))
     share_rows(
         _loops.grad_rows,
@@ -49,15 +49,16 @@ def grad(
         shift,
         first_column,
         logits.data_ptr(),
-        element(logits.dtype),
+        ELEMENTS[logits.dtype],
         *logits.stride()[:2],
-        array(labels.long()),
-        array(weights),
+        labels.data_ptr(),
+        weights.data_ptr(),
         grad_logps.data_ptr(),
         *grad_logps.stride(),
-        tuple(array(x) for x in of_grad),
-        numbers(dtype, slope, None)[0],
-        *numbers(dtype, logit_scale, softcap),
+        tuple(x.data_ptr() for x in of_grad),
+        real((1.0 if softcap is not None else logit_scale) / temperature),
+        real(logit_scale),
+        None if softcap is None else real(softcap),
         out.data_ptr(),
         *out.stride()[:2],
         not fresh,

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._checks import check_scored_labels
 from .._weights import sum_dtype
 from . import _loops
-from ._rows import array, element, exponent_scale, flags, numbers
+from ._rows import ELEMENTS, REAL, as_int64, exponent_scale, flags
 from ._threads import share_rows
 
 
@@ -43,18 +43,22 @@ def partials(
     weights = torch.empty((batch, seq_len), dtype=dtype)
     target = torch.empty(num_tokens, dtype=dtype)
     partials = torch.empty((2 + len(stats), 1, num_tokens), dtype=dtype)
-    flat_labels, flat_weights = array(labels.long()), array(weights)
+    labels64 = as_int64(labels)
+    mask = None if mask is None else mask.to(dtype).contiguous()
+    cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens)
+    real = REAL[dtype]
     _, num_outside = _loops.token_weights(
         num_tokens,
         seq_len,
         shift,
         ignore_index,
         vocab_size,
-        flat_labels,
-        None if mask is None else array(mask.to(dtype)),
-        None if cu_seqlens is None else array(cu_seqlens.long()),
+        labels64.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         0 if cu_seqlens is None else len(cu_seqlens) - 1,
-        flat_weights,
+        weights.data_ptr(),
+        real(0),
     )
     if num_outside > 0:
         check_scored_labels(labels, weights, vocab_size, cu_seqlens is not None)
@@ -68,14 +72,15 @@ def partials(
         first_column,
         vocab_size,
         logits.data_ptr(),
-        element(logits.dtype),
+        ELEMENTS[logits.dtype],
         *logits.stride()[:2],
-        flat_labels,
-        flat_weights,
+        labels64.data_ptr(),
+        weights.data_ptr(),
         exponent_scale(temperature, logit_scale, softcap, dtype),
-        *numbers(dtype, logit_scale, softcap),
+        real(logit_scale),
+        None if softcap is None else real(softcap),
         flags(stats) if stats else None,
-        array(target),
-        partials.numpy()[:, 0],
+        target.data_ptr(),
+        partials.data_ptr(),
     )
     return partials, target, weights
