@@ -27,7 +27,6 @@ C4, C5 = F32(0.009671512991189957), F32(0.001326472731307149)
 SHIFTER = F32(1.5 * 2.0**23 + 127.0)
 LN2 = float(np.log(2.0))
 ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8  # in the order of the partials' channels
-MAX_STATS = 4
 
 
 def compiled(function: Callable) -> Callable:
@@ -281,6 +280,13 @@ def sum_of(u, size):
     return total
 
 
+@njit
+def num_stats(stats):
+    if stats is None:
+        return 0
+    return (stats & 1) + (stats >> 1 & 1) + (stats >> 2 & 1) + (stats >> 3 & 1)
+
+
 # First stage.
 
 
@@ -334,7 +340,8 @@ def fold_rows(
     """
     labels, weights = view(labels, num_tokens, 0), view(weights, num_tokens, scale)
     target = view(target, num_tokens, scale)
-    partials = view(partials, (2 + MAX_STATS) * num_tokens, scale).reshape(-1, num_tokens)
+    num_channels = 2 + num_stats(stats)
+    partials = view(partials, num_channels * num_tokens, scale).reshape(num_channels, num_tokens)
     u = np.empty(BLOCK, target.dtype)
     lowest = target.dtype.type(np.finfo(target.dtype).min)
     while True:
@@ -486,9 +493,10 @@ def combine_sequences(
 ):  # fmt: skip
     """Write all outputs, all of the type of `scale`. Where cu_seqlens is 0, sequences have seq_len
     tokens."""
-    partials = view(partials, (2 + MAX_STATS) * num_splits * num_tokens, scale)
-    partials = partials.reshape(-1, num_splits, num_tokens)
-    token_stats = view(token_stats, MAX_STATS * num_tokens, scale).reshape(-1, num_tokens)
+    size, num_extras = num_splits * num_tokens, num_stats(stats)
+    partials = view(partials, (2 + num_extras) * size, scale)
+    partials = partials.reshape(2 + num_extras, num_splits, num_tokens)
+    token_stats = view(token_stats, num_extras * num_tokens, scale).reshape(num_extras, num_tokens)
     target, weights = view(target, num_tokens, scale), view(weights, num_tokens, scale)
     values, lengths = view(values, num_sequences, scale), view(lengths, num_sequences, scale)
     logps, is_packed = view(logps, num_tokens, scale), cu_seqlens != 0
