@@ -202,7 +202,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--share", type=float, nargs="+", default=SHARES, help="of the rows scored, in (0, 1]"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", choices=["auto", "triton", "torch"], default="auto")
+    parser.add_argument("--backend", choices=["auto", "triton", "cpu", "torch"], default="auto")
     parser.add_argument("--seed", type=int, help="of the batches; by default a fresh one")
     parser.add_argument("--csv", type=Path, help="default: benchmarks/results/linear-<machine>.csv")
     parser.add_argument("--plot", type=Path, help="PNG; by default beside the CSV file")

@@ -15,6 +15,7 @@ BackendName = Literal["auto", "triton", "cpu", "torch"]
 class Backend(NamedTuple):
     """Three stage functions with the arguments and results of the operators in `_ops`."""
 
+    name: str
     partials: Callable[..., tuple[Tensor, Tensor, Tensor]]
     combine: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     grad: Callable[..., Tensor]
@@ -78,21 +79,21 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
 def _torch_backend() -> Backend:
     from . import _torch_stages as stages
 
-    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, True)
+    return Backend("torch", stages.partials, stages.combine, stages.grad, stages.num_splits, True)
 
 
 @functools.cache
 def _cpu_backend() -> Backend:
     from . import _cpu_stages as stages
 
-    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, True)
+    return Backend("cpu", stages.partials, stages.combine, stages.grad, stages.num_splits, True)
 
 
 @functools.cache
 def _triton_backend() -> Backend:
     from . import kernels as stages
 
-    return Backend(stages.partials, stages.combine, stages.grad, stages.num_splits, False)
+    return Backend("triton", stages.partials, stages.combine, stages.grad, stages.num_splits, False)
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from ._backends import BackendName, resolve_backend
 from ._version import __version__
 from .seq_logprob import fused_seq_logprob
 
-PACKAGES = ("torch", "triton", "numpy", "trl", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "triton", "numpy", "numba", "trl", "transformers", "peft", "accelerate")
 VARIABLES = ("TRITON_INTERPRET", "DPO_TRITON_DEBUG")
-BACKENDS: tuple[BackendName, ...] = ("torch", "triton")
+BACKENDS: tuple[BackendName, ...] = ("torch", "cpu", "triton")
 
 
 def main() -> int:
@@ -42,7 +42,10 @@ def check_device(device: torch.device) -> bool:
     except (ModuleNotFoundError, RuntimeError) as error:
         print(f'  backend="auto" FAILED: {error}')
         return False
-    why = "torch, since this is no GPU" if is_torch else "triton, since this is a GPU"
+    fast = (
+        "cpu, since numba is installed" if device.type == "cpu" else "triton, since this is a GPU"
+    )
+    why = "torch, since this is no GPU" if is_torch else fast
     print(f'  backend="auto" is {why}')
     return all(passed)
 

@@ -326,7 +326,7 @@ def _linear_logprob(
                 "softcap": softcap,
                 "stats": stage_stats,
                 "whether hidden requires a gradient": needs[0],
-                "backend": "torch" if stages.on_host else "triton",
+                "backend": stages.name,
             },
         )
         if peers.columns is not None:

@@ -227,7 +227,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=count, default=4, metavar="N", help="pairs in a batch")
     add("--device", type=torch.device, help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
-    add("--backend", choices=("auto", "triton", "torch"), default="auto")
+    add("--backend", choices=("auto", "triton", "cpu", "torch"), default="auto")
     add("--check", action="store_true", help="compare with the reference in float64")
     add("--json", type=Path, metavar="FILE", help="write the values and the summary")
     args = parser.parse_args(argv)

@@ -313,7 +313,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lora-rank", type=count, default=16, metavar="N")
     add("--seed", type=int, default=0, help="of batches, held-out pairs and adapters")
     add("--device", type=torch.device, help="default: cuda where there is one, else cpu")
-    add("--backend", choices=("auto", "triton", "torch"), default="auto")
+    add("--backend", choices=("auto", "triton", "cpu", "torch"), default="auto")
     add("--output", type=Path, default=Path("out", "train_dpo"), metavar="FOLDER")
     add("--save-every", type=count, default=10, metavar="N", help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --output")

@@ -11,6 +11,7 @@ bits are its own, whichever thread has it.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -29,7 +30,7 @@ LN2 = float(np.log(2.0))
 ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8  # in the order of the partials' channels
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compiled for the types of its first call, without the GIL, and kept on disk."""
     dispatcher = njit(function, nogil=True, error_model="numpy")
     try:
@@ -515,7 +516,15 @@ def combine_sequences(
                 token_stats[:, n] = 0
                 continue
             logp = combine_token(
-                n, partials, target, np.float64(scale), vocab_size, stats, logps, of_grad, token_stats
+                n,
+                partials,
+                target,
+                np.float64(scale),
+                vocab_size,
+                stats,
+                logps,
+                of_grad,
+                token_stats,
             )
             value += logp * weights[n]
             length += weights[n]

@@ -33,7 +33,7 @@ def combine(
     sizes = (0, 0) if reduction == "none" else (num_sequences, num_sequences)
     values, lengths = (torch.empty(size, dtype=dtype) for size in sizes)
     logps = torch.empty_like(weights)
-    of_grad = [torch.empty_like(target) for _ in range(4)]
+    complement, reference, share, exponent_scales = (torch.empty_like(target) for _ in range(4))
     token_stats = torch.empty((len(stats), batch, seq_len), dtype=dtype)
     partials = partials.contiguous()
     cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens)
@@ -53,7 +53,7 @@ def combine(
         values.data_ptr(),
         lengths.data_ptr(),
         logps.data_ptr(),
-        tuple(x.data_ptr() for x in of_grad),
+        tuple(x.data_ptr() for x in (complement, reference, share, exponent_scales)),
         token_stats.data_ptr(),
     )
-    return values, lengths, logps, *of_grad[:3], token_stats
+    return values, lengths, logps, complement, reference, share, token_stats
