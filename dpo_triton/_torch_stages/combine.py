@@ -95,7 +95,7 @@ def _combine_tokens(
             products += (e_y * target_offset).where(e_y != 0, 0.0)
             combined.append((total.log2() - products / total) * LN2)
         elif name == "mean_logit":
-            combined.append(channel.sum(0) * (scale * LN2 / vocab_size))
+            combined.append(channel.sum(0) * (scale * LN2))
         elif name == "top1":
             combined.append((channel.amax(0) < target).double())
         elif name == "log_sum_sq_probs":

@@ -4,16 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._rows import (
-    Workspace,
-    blocks,
-    exponent_scale,
-    own_columns,
-    row_grid,
-    row_numbers,
-    split_like,
-    views,
-)
+from ._rows import Workspace, exponent_scale, own_columns, row_grid
 
 
 def grad(
@@ -39,7 +30,6 @@ def grad(
     """
     dtype = weights.dtype
     scored = weights.flatten().nonzero().squeeze(1)
-    rows = row_numbers(scored, shift)
     scale = exponent_scale(temperature, logit_scale, softcap, dtype)
 
     def of_rows(x: Tensor) -> Tensor:  # (B, T) or (B * T,) to (M, 1)
@@ -49,43 +39,34 @@ def grad(
     coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * slope
     target_grad = coefficient * of_rows(complement)
     scaled_share = -coefficient * of_rows(share)
-
-    grid = row_grid(logits)
+    offsets = -of_rows(reference)
+    workspace = Workspace(logits, scored - int(shift), dtype)
+    y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
     if out is None:
         out = _zeros(logits)
-        out_grid = out.view(grid.shape)
     else:
-        out_grid = row_grid(out)
-        others = np.setdiff1d(np.arange(weights.numel()), rows)
-        for runs in blocks(others, grid.shape[1], len(others)):
-            for view in views(out_grid, runs):
-                view.zero_()
-
-    workspace = Workspace(logits, len(rows), dtype)
-    chain = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
-    offsets = workspace.pad(-of_rows(reference))
-    y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
-    per_row = (y, target_grad, scaled_share)
-    per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
-    lo = 0
-    for runs, (y_here, target_here, scale_here) in zip(
-        blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
-    ):
-        num_rows = len(y_here)
-        d = workspace.load(grid, runs, logit_scale, softcap)
+        is_scored = torch.zeros(weights.numel(), dtype=torch.bool, device=weights.device)
+        is_scored[scored - int(shift)] = True
+        for group, theirs in zip(out, is_scored.view(weights.shape), strict=True):
+            group.index_fill_(0, (~theirs).nonzero().squeeze(1), 0)
+    out_grid = row_grid(out)
+    for here, g, places in workspace.blocks():
+        d = workspace.load(g, places, logit_scale, softcap)
+        block = workspace.block(len(d))
+        chain = None
         if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
-            torch.div(d, softcap, out=chain[:num_rows])
-            chain[:num_rows].square_().neg_().add_(1).mul_(logit_scale)
-        workspace.to_exponents(num_rows, offsets[lo:], scale)
-        workspace.exp2_(num_rows)
-        d.mul_(scale_here)
-        workspace.fill_target_(y_here, target_here)
-        if softcap is not None:
-            d.mul_(chain[:num_rows])
-        places = views(out_grid, runs)
-        for place, computed in zip(places, split_like(d, places), strict=True):
-            place.copy_(computed)
-        lo += num_rows
+            chain = (d / softcap).square_().neg_().add_(1).mul_(logit_scale)
+        torch.add(workspace.pad(offsets[here]), block, alpha=scale, out=block)  # rounded once
+        block.exp2_()
+        d.mul_(scaled_share[here])
+        workspace.fill_target_(y[here], target_grad[here])
+        if chain is not None:
+            d.mul_(chain)
+        # Contiguous rows are one group of out; else it has the strides of logits.
+        to, where = (
+            (out_grid[0], workspace.rows[here]) if len(out_grid) == 1 else (out_grid[g], places)
+        )
+        to.index_copy_(0, where, d.to(out.dtype))
     return out
 
 
