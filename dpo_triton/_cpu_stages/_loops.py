@@ -62,12 +62,6 @@ def view(address, size, like):
     return carray(at(address, 0, like), size)
 
 
-@njit
-def views(addresses, size, like):
-    a, b, c, d = addresses
-    return view(a, size, like), view(b, size, like), view(c, size, like), view(d, size, like)
-
-
 @intrinsic
 def cast_bits(_, x, like):
     def generate(context, builder, signature, args):
@@ -281,70 +275,51 @@ def sum_of(u, size):
     return total
 
 
-@njit
-def num_stats(stats):
-    if stats is None:
-        return 0
-    return (stats & 1) + (stats >> 1 & 1) + (stats >> 2 & 1) + (stats >> 3 & 1)
-
-
 # First stage.
 
 
 @compiled
 def token_weights(
-    num_tokens, seq_len, shift, ignore_index, vocab_size,
-    labels, mask, cu_seqlens, num_sequences, weights, real,
-):  # fmt: skip
-    """Write the tokens' weights (N,); return the numbers of scored tokens and of labels outside.
+    num_tokens, seq_len, shift, ignore_index, labels, mask, cu_seqlens, num_sequences, weights, real
+):
+    """Write the tokens' weights (N,). The mask has the type of `real`, as weights have.
 
-    The mask has the type of `real`. Without a mask, or cu_seqlens (S + 1,), their address is 0.
-    Tokens beyond the last sequence are not scored.
+    Without a mask, or cu_seqlens (S + 1,), their address is 0. Tokens beyond the last sequence are
+    not scored.
     """
     labels, weights = view(labels, num_tokens, 0), view(weights, num_tokens, real)
-    zero, one = weights.dtype.type(0.0), weights.dtype.type(1.0)
     has_mask, is_packed = mask != 0, cu_seqlens != 0
-    mask, cu_seqlens = view(mask, num_tokens, real), view(cu_seqlens, num_sequences + 1, 0)
-    num_scored, num_outside = 0, 0
+    mask, ends = view(mask, num_tokens, real), view(cu_seqlens, num_sequences + 1, 0)
+    zero, one = weights.dtype.type(0.0), weights.dtype.type(1.0)
     sequence, stop = 0, 0
     for n in range(num_tokens):
-        weight = mask[n] if has_mask else one
         is_first = n % seq_len == 0
         if is_packed:
-            is_first = False
+            is_first = n == stop
             while sequence < num_sequences and n >= stop:
                 sequence += 1
-                is_first = True
-                stop = cu_seqlens[sequence]
-            if n >= stop:
-                weight = zero
-        if labels[n] == ignore_index or (shift and is_first):
-            weight = zero
-        weights[n] = weight
-        if weight != 0:
-            num_scored += 1
-            if labels[n] < 0 or labels[n] >= vocab_size:
-                num_outside += 1
-    return num_scored, num_outside
+                stop = ends[sequence]
+        is_scored = labels[n] != ignore_index and not (shift and is_first)
+        is_scored = is_scored and (n < stop or not is_packed)
+        weights[n] = (mask[n] if has_mask else one) if is_scored else zero
 
 
 @compiled
 def fold_rows(
-    counter, step, num_tokens, seq_len, num_columns, shift, first_column, vocab_size,
-    logits, element, stride_b, stride_t, labels, weights,
-    scale, logit_scale, softcap, stats, target, partials,
+    counter, step, num_tokens, seq_len, shift, first_column, num_columns, vocab_size,
+    logits, element, stride_b, stride_t, labels, weights, target, sums, channel,
+    scale, logit_scale, softcap, stats,
 ):  # fmt: skip
-    """Write target (N,) and partials (C, N) of scored tokens, claiming `step` of them at a time.
+    """Write target (N,) and sums (C, 1, N) of scored tokens, claiming `step` of them at a time.
 
-    Logits have the type of `element`, all others that of `scale`. softcap may be None, and stats,
-    flags of what else is asked for.
+    Logits have the type of `element`, all others that of `scale`; from one channel of sums to the
+    next are `channel` numbers. softcap may be None, and stats, flags of what else is asked for.
     """
     labels, weights = view(labels, num_tokens, 0), view(weights, num_tokens, scale)
-    target = view(target, num_tokens, scale)
-    num_channels = 2 + num_stats(stats)
-    partials = view(partials, num_channels * num_tokens, scale).reshape(num_channels, num_tokens)
+    target, sums = view(target, num_tokens, scale), view(sums, 1, scale)
     u = np.empty(BLOCK, target.dtype)
     lowest = target.dtype.type(np.finfo(target.dtype).min)
+    minus_inf = target.dtype.type(-np.inf)
     while True:
         first = claim(counter, step)
         if first >= num_tokens:
@@ -355,15 +330,12 @@ def fold_rows(
             row = n - 1 if shift else n
             offset = row // seq_len * stride_b + row % seq_len * stride_t
             y = labels[n] - first_column
-            is_here = 0 <= y < num_columns
-            target[n] = -np.inf
-            if is_here:
+            if 0 <= y < num_columns:
                 x_y = number(carray(at(logits, offset + y, element), 1)[0])
                 target[n] = cap(x_y, logit_scale, softcap)
-
             peak, total = lowest, 0.0  # finite, so that a block of -inf makes no inf - inf
             products, logit_sum, squares = 0.0, 0.0, 0.0
-            earlier, later = target.dtype.type(-np.inf), target.dtype.type(-np.inf)
+            earlier, later = minus_inf, minus_inf  # the largest before the target, and after
             for start in range(0, num_columns, BLOCK):
                 size = min(BLOCK, num_columns - start)
                 x = carray(at(logits, offset + start, element), size)
@@ -372,195 +344,176 @@ def fold_rows(
                 if stats is not None:
                     logit_sum += sum_of(u, size)
                 if 0 <= place < size:
-                    u[place] = -np.inf
-                block_peak = max(largest(u, 0, filled), peak)
-                shrink = np.exp2((np.float64(peak) - block_peak) * scale)
-                block_total = total_of(u, filled, block_peak, scale)
+                    u[place] = minus_inf
+                new_peak = max(largest(u, 0, filled), peak)
+                drop = (np.float64(peak) - new_peak) * scale
+                shrink = np.exp2(drop)
                 if stats is not None:
-                    drop = (np.float64(peak) - block_peak) * scale
-                    of_block, squares_of_block = products_of(u, filled, block_peak, scale)
+                    of_block, squares_of_block = products_of(u, filled, new_peak, scale)
                     moved = (products + drop * total) * shrink if total > 0 else 0.0
                     products = moved + of_block
                     squares = squares * shrink * shrink + squares_of_block
                     split = min(max(place, 0), size)
                     earlier = max(earlier, largest(u, 0, split))
                     later = max(later, largest(u, split, size))
-                total = total * shrink + block_total
-                peak = block_peak
-            partials[0, n] = peak
-            partials[1, n] = total
+                total = total * shrink + total_of(u, filled, new_peak, scale)
+                peak = new_peak
+            sums[n], sums[n + channel] = peak, total
             if stats is not None:
-                channel = 2
+                place = n + 2 * channel
                 if stats & ENTROPY:
-                    partials[channel, n] = products
-                    channel += 1
+                    sums[place] = products
+                    place += channel
                 if stats & MEAN_LOGIT:  # of the whole vocabulary: a sum could be too large
-                    partials[channel, n] = logit_sum / vocab_size
-                    channel += 1
+                    sums[place] = logit_sum / vocab_size
+                    place += channel
                 if stats & TOP1:  # the target is the first maximum if it is larger than this
-                    below = np.nextafter(later, target.dtype.type(-np.inf))
-                    partials[channel, n] = max(earlier, below)
-                    channel += 1
+                    sums[place] = max(earlier, np.nextafter(later, minus_inf))
+                    place += channel
                 if stats & LOG_SUM_SQ_PROBS:
-                    partials[channel, n] = squares
+                    sums[place] = squares
 
 
-# Second stage.
+# Second stage; see kernels/combine.py for the formulas.
 
 
 @njit
-def combine_token(n, partials, target, scale, vocab_size, stats, logps, of_grad, token_stats):
-    """Write what one scored token gets, and return its log-probability in float64.
-
-    See kernels/combine.py for the formulas.
-    """
-    num_splits = partials.shape[1]
-    x_y = np.float64(target[n])
-    peak = np.float64(partials[0, 0, n])
+def combine_token(
+    n, num_tokens, sums, channel, split, num_splits, x_y, scale, stats, limit, softmax, token_stats
+):
+    """Write what one scored token gets, and return its log-probability in float64."""
+    peak = np.float64(sums[n])
     for k in range(1, num_splits):
-        peak = max(peak, np.float64(partials[0, k, n]))
-    others, products, squares = 0.0, 0.0, 0.0
-    logit_sum, rival = 0.0, -np.inf
+        peak = max(peak, np.float64(sums[k * split + n]))
+    others, products, squares, logit_sum, rival = 0.0, 0.0, 0.0, 0.0, -np.inf
     for k in range(num_splits):
-        offset = (partials[0, k, n] - peak) * scale
-        shrink = np.exp2(offset) if offset != 0.0 else 1.0
-        total = np.float64(partials[1, k, n])
+        place = k * split + n
+        offset = (sums[place] - peak) * scale
+        shrink = np.exp2(offset)
+        total = np.float64(sums[place + channel])
         others += total * shrink
-        channel = 2
+        place += 2 * channel
         if stats & ENTROPY:
-            if total != 0.0:
-                products += (partials[channel, k, n] + offset * total) * shrink
-            channel += 1
+            products += (sums[place] + offset * total) * shrink if total != 0.0 else 0.0
+            place += channel
         if stats & MEAN_LOGIT:
-            logit_sum += partials[channel, k, n]
-            channel += 1
+            logit_sum += sums[place]
+            place += channel
         if stats & TOP1:
-            rival = max(rival, np.float64(partials[channel, k, n]))
-            channel += 1
+            rival = max(rival, np.float64(sums[place]))
+            place += channel
         if stats & LOG_SUM_SQ_PROBS:
-            squares += partials[channel, k, n] * shrink * shrink
+            squares += sums[place] * shrink * shrink
 
     log_odds = ((peak - x_y) * scale + np.log2(others)) * LN2
     if not x_y < np.inf:  # would look certain: inf < inf and nan < inf are both false
         log_odds = np.nan
     e = np.exp(-abs(log_odds))
-    logp = -(max(log_odds, 0.0) + np.log1p(e))
-    logps[n] = logp
 
     # The whole row, its target included, is what the gradient divides by.
     row_peak = max(peak, x_y)
     offset, target_offset = (peak - row_peak) * scale, (x_y - row_peak) * scale
-    row_shrink, e_y = np.exp2(offset), np.exp2(target_offset)
-    total = others * row_shrink + e_y
-    complement, reference, share, exponent_scale = of_grad
-    # Exponents are relative to the peak, where they are exact, or to the total of a flat row. A
-    # peak whose product with the scale has too few digits left for that is scaled by a power of 2
-    # instead: all that is not equal to it has a share below 2 ** -64 then, by either scale.
-    exponent_scale[n] = scale
-    top = row_peak * scale
-    limit = 2.0**59 if reference.itemsize == 8 else 2.0**30
-    if limit <= abs(top) < np.inf:
-        exponent_scale[n] = 2.0 ** (np.ceil(np.log2(limit)) - np.floor(np.log2(abs(row_peak))))
-        top = row_peak * exponent_scale[n]
-    log2_total = top + np.log2(total)
-    reference[n] = top
-    if log2_total - reference[n] >= 1.0:
-        reference[n] = log2_total
-    share[n] = np.exp2(reference[n] - log2_total)
-    complement[n] = (1.0 if log_odds > 0.0 else e) / (1.0 + e)
+    shrink, e_y = np.exp2(offset), np.exp2(target_offset)
+    total = others * shrink + e_y
+    # Exponents of the gradient are relative to the peak, where they are exact, or to the total of a
+    # flat row. A peak whose product with the scale keeps too few digits for that is scaled by a
+    # power of 2 instead: who is not equal to it has a share below 2 ** -64 then, by either scale.
+    used, reference = scale, row_peak * scale
+    if limit <= abs(reference) < np.inf:
+        used = 2.0 ** (np.log2(limit) - np.floor(np.log2(abs(row_peak))))
+        reference = row_peak * used
+    log2_total = reference + np.log2(total)
+    softmax[0][n] = (1.0 if log_odds > 0.0 else e) / (1.0 + e)
+    if total == 0.0:  # nobody but the target is asked about, or all are banned
+        softmax[1][n], softmax[2][n] = 0.0, 0.0
+    else:
+        softmax[1][n] = log2_total if np.log2(total) >= 1.0 else reference
+        softmax[2][n] = np.exp2(softmax[1][n] - log2_total)
+    softmax[3][n] = used
 
-    channel = 0
     if stats & ENTROPY:  # log total - sum of p * (z - peak)
-        products = (products + offset * others) * row_shrink if others != 0.0 else 0.0
+        products = (products + offset * others) * shrink if others != 0.0 else 0.0
         products += e_y * target_offset if e_y != 0.0 else 0.0
-        token_stats[channel, n] = (np.log2(total) - products / total) * LN2
-        channel += 1
+        token_stats[n] = (np.log2(total) - products / total) * LN2
+        n += num_tokens
     if stats & MEAN_LOGIT:
-        token_stats[channel, n] = logit_sum * scale * LN2
-        channel += 1
+        token_stats[n] = logit_sum * scale * LN2
+        n += num_tokens
     if stats & TOP1:
-        token_stats[channel, n] = 1.0 if rival < x_y else 0.0
-        channel += 1
+        token_stats[n] = 1.0 if rival < x_y else 0.0
+        n += num_tokens
     if stats & LOG_SUM_SQ_PROBS:
-        squares = squares * row_shrink * row_shrink + e_y * e_y
-        token_stats[channel, n] = (np.log2(squares) - 2.0 * np.log2(total)) * LN2
-    return logp
+        squares = squares * shrink * shrink + e_y * e_y
+        token_stats[n] = (np.log2(squares) - 2.0 * np.log2(total)) * LN2
+    return -(max(log_odds, 0.0) + np.log1p(e))
 
 
 @compiled
 def combine_sequences(
-    num_tokens, seq_len, num_sequences, num_splits, partials, target, weights, cu_seqlens,
-    is_mean, scale, vocab_size, stats, values, lengths, logps, of_grad, token_stats,
+    num_tokens, seq_len, num_sequences, sums, channel, split, num_splits, target, weights,
+    cu_seqlens, is_mean, scale, stats, num_stats, values, lengths, logps, softmax, pitch,
+    token_stats,
 ):  # fmt: skip
-    """Write all outputs, all of the type of `scale`. Where cu_seqlens is 0, sequences have seq_len
-    tokens."""
-    size, num_extras = num_splits * num_tokens, num_stats(stats)
-    partials = view(partials, (2 + num_extras) * size, scale)
-    partials = partials.reshape(2 + num_extras, num_splits, num_tokens)
-    token_stats = view(token_stats, num_extras * num_tokens, scale).reshape(num_extras, num_tokens)
+    """Write all outputs, all of the type of `scale`. sums (C, K, N) go from one channel, and from
+    one split, to the next by so many numbers; softmax (4, N) by `pitch`. Where cu_seqlens is 0,
+    sequences have seq_len tokens."""
     target, weights = view(target, num_tokens, scale), view(weights, num_tokens, scale)
     values, lengths = view(values, num_sequences, scale), view(lengths, num_sequences, scale)
-    logps, is_packed = view(logps, num_tokens, scale), cu_seqlens != 0
-    of_grad = views(of_grad, num_tokens, scale)
-    cu_seqlens = view(cu_seqlens, num_sequences + 1, 0)
+    logps, sums, token_stats = view(logps, 1, scale), view(sums, 1, scale), view(token_stats, 1, scale)
+    rows = softmax_rows(softmax, pitch, scale)
+    is_packed, ends = cu_seqlens != 0, view(cu_seqlens, num_sequences + 1, 0)
+    limit = 2.0 ** (30 if target.itemsize == 4 else 59)
     stop = 0
     for s in range(num_sequences + 1):  # after the last one, what belongs to none
-        first = stop
-        stop = num_tokens
+        first, stop = stop, num_tokens
         if s < num_sequences:
-            stop = cu_seqlens[s + 1] if is_packed else (s + 1) * seq_len
+            stop = ends[s + 1] if is_packed else (s + 1) * seq_len
         value, length, num_scored = 0.0, 0.0, 0
         for n in range(first, stop):
-            if weights[n] == 0:
-                logps[n] = 0
-                token_stats[:, n] = 0
-                continue
-            logp = combine_token(
-                n,
-                partials,
-                target,
-                np.float64(scale),
-                vocab_size,
-                stats,
-                logps,
-                of_grad,
-                token_stats,
-            )
-            value += logp * weights[n]
-            length += weights[n]
-            num_scored += 1
+            logp = 0.0
+            if weights[n] != 0:
+                logp = combine_token(
+                    n, num_tokens, sums, channel, split, num_splits, np.float64(target[n]),
+                    np.float64(scale), stats, limit, rows, token_stats,
+                )  # fmt: skip
+                value += logp * weights[n]
+                length += weights[n]
+                num_scored += 1
+            else:
+                for e in range(num_stats):
+                    token_stats[n + e * num_tokens] = 0.0
+            logps[n] = logp
         if s < num_sequences:
             values[s] = value / length if is_mean and num_scored > 0 else value
             lengths[s] = length
 
 
-# Third stage.
-
-
 @njit
-def fill_gradient(x, size, u, scale, reference, share, logit_scale, softcap):
-    """u[i] = share * 2 ** (scale * u - reference), times du / dx = logit_scale * (1 - tanh ** 2)
-    with a softcap."""
-    for i in range(size):
-        if softcap is None:
-            u[i] = share * exp2(fma(number(x[i]), scale, -reference))
-        else:
-            th = tanh(number(x[i]) * (logit_scale / softcap))
-            p = share * exp2(fma(softcap * th, scale, -reference))
-            u[i] = p * (logit_scale * (u.dtype.type(1.0) - th * th))
+def softmax_rows(address, pitch, like):
+    """The rows of a softmax (4, N)."""
+    return (
+        carray(at(address, 0, like), 1),
+        carray(at(address, pitch, like), 1),
+        carray(at(address, 2 * pitch, like), 1),
+        carray(at(address, 3 * pitch, like), 1),
+    )
+
+
+# Third stage.
 
 
 @compiled
 def grad_rows(
-    counter, step, num_tokens, seq_len, num_columns, shift, first_column,
+    counter, step, num_tokens, seq_len, shift, first_column, num_columns,
     logits, element, stride_b, stride_t, labels, weights, grad_logps, grad_stride_b, grad_stride_t,
-    of_grad, slope, logit_scale, softcap, out, out_stride_b, out_stride_t, fill_zeros,
+    softmax, pitch, slope, logit_scale, softcap, out, out_stride_b, out_stride_t, fill_zeros,
 ):  # fmt: skip
     """Write the gradient of the rows of scored tokens, claiming `step` rows at a time, and zeros to
     the others if asked to. Logits have the type of `element`, all others that of `slope`."""
     labels, weights = view(labels, num_tokens, 0), view(weights, num_tokens, slope)
-    complement, reference, share, exponent_scale = views(of_grad, num_tokens, slope)
-    u = np.empty(BLOCK, reference.dtype)
+    complement, reference, share, scale = softmax_rows(softmax, pitch, slope)
+    u = np.empty(BLOCK, weights.dtype)
+    one = weights.dtype.type(1.0)
     while True:
         first = claim(counter, step)
         if first >= num_tokens:
@@ -569,8 +522,7 @@ def grad_rows(
             n = row + 1 if shift else row
             b, t = row // seq_len, row % seq_len
             place = b * out_stride_b + t * out_stride_t
-            is_scored = n < num_tokens and weights[n] != 0
-            if not is_scored:
+            if n >= num_tokens or weights[n] == 0:
                 if fill_zeros:
                     carray(at(out, place, element), num_columns)[:] = element
                 continue
@@ -578,19 +530,36 @@ def grad_rows(
             upstream = carray(at(grad_logps, index, slope), 1)[0]
             coefficient = upstream * weights[n] * slope
             offset = b * stride_b + t * stride_t
-            y = labels[n] - first_column
             for start in range(0, num_columns, BLOCK):
                 size = min(BLOCK, num_columns - start)
                 x = carray(at(logits, offset + start, element), size)
-                fill_gradient(
-                    x, size, u, exponent_scale[n], reference[n], -coefficient * share[n],
-                    logit_scale, softcap,
-                )  # fmt: skip
-                if 0 <= y - start < size:
-                    u[y - start] = coefficient * complement[n]
-                    if softcap is not None:
-                        th = tanh(number(x[y - start]) * (logit_scale / softcap))
-                        u[y - start] *= logit_scale * (reference.dtype.type(1.0) - th * th)
+                y = labels[n] - first_column - start
+                chain = one
+                if softcap is not None and 0 <= y < size:  # its own, before u is overwritten
+                    chain = chain_of(tanh(number(x[y]) * (logit_scale / softcap)), logit_scale)
+                gradient_of_others(
+                    x, size, u, scale[n], reference[n], -coefficient * share[n], logit_scale, softcap
+                )
+                if 0 <= y < size:
+                    u[y] = coefficient * complement[n] * chain
                 to = carray(at(out, place + start, element), size)
                 for i in range(size):
                     to[i] = rounded(u[i], element)
+
+
+@njit
+def chain_of(tanh_x, logit_scale):
+    """du / dx with a softcap."""
+    return logit_scale - logit_scale * (tanh_x * tanh_x)
+
+
+@njit
+def gradient_of_others(x, size, u, scale, reference, share, logit_scale, softcap):
+    """u[i] = share * 2 ** (scale * u - reference) * du / dx."""
+    for i in range(size):
+        if softcap is None:
+            u[i] = share * exp2(fma(number(x[i]), scale, -reference))
+        else:
+            th = tanh(number(x[i]) * (logit_scale / softcap))
+            p = share * exp2(fma(softcap * th, scale, -reference))
+            u[i] = p * chain_of(th, logit_scale)
