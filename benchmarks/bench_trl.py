@@ -10,8 +10,6 @@ import dataclasses
 import importlib.util
 import os
 import random
-import re
-import shlex
 import statistics
 import sys
 import tempfile
@@ -24,18 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The checkout's package, whether or not another one is installed: these are its figures.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import measure
-import report
-from bench_vocab import RESULTS, version
+if not __package__:  # a script: the checkout's packages, and none of benchmarks/ at the top level
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dpo_triton.integrations.trl as adapter
+from benchmarks.common import command, measure, report
+from benchmarks.common.peers import OURS
+from benchmarks.common.report import Columns, optional
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-OURS, THEIRS = "dpo_triton", "TRL"
+THEIRS = "TRL"
 HEADS: dict[str, Callable[[], Any]] = {THEIRS: nullcontext, OURS: adapter.fused}
 # SmolLM2-135M; what it learned does not change the time.
 SHAPE: dict[str, Any] = dict(
@@ -56,7 +53,18 @@ ANSWER_SHARE = 0.45  # of a sequence
 MAX_LOSS_DIFFERENCE = 1e-4  # sums of -2500 nats are rounded to 1e-4, times beta
 MAX_GRAD_DIFFERENCE = 1e-4  # of the largest element of a parameter's gradient
 PACKAGES = ("trl", "transformers", "accelerate", "datasets")
-HEADINGS = ("layers", "head", "median s", "least - most", "steps", "peak MiB", "speed-up")
+COLUMNS = Columns(
+    2,
+    {
+        "layers": lambda row: str(row.layers),
+        "head": lambda row: row.head,
+        "median s": lambda row: f"{row.seconds:.2f}",
+        "least - most": lambda row: f"{row.seconds_least:.2f} - {row.seconds_most:.2f}",
+        "steps": lambda row: str(row.steps),
+        "peak MiB": lambda row: optional("{:.0f}", row.peak_mib),
+        "speed-up": lambda row: f"{row.speedup:.2f}x",
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"{', '.join(missing)} not found: pip install 'dpo-triton[trl]'")
+        raise SystemExit(f"{', '.join(missing)} not found: pip install '.[trl]' in the repository")
     measure.map_buffers()
     machine = measure.machine_name(torch.device("cpu"))
-    versions = {name: version(name) for name in ("torch", *PACKAGES)}
+    versions = command.versions("torch", *PACKAGES)
     print(f"{machine}; " + ", ".join(f"{name} {v}" for name, v in versions.items()))
     print(
         f"SmolLM2-135M's shape, float32, {2 * args.pairs} sequences of {args.seq_len} tokens, "
@@ -110,18 +118,24 @@ def main(argv: list[str] | None = None) -> int:
         new = measure_heads(layers, args)
         wrong = complaints(new)
         if wrong:
-            print("they differ, so no time is shown:", *wrong, sep="\n  ", file=sys.stderr)
-            return 1
+            return command.refuse(wrong, "no time is shown")
         rows += new
-    print("\n" + table(rows))
+    print("\n" + COLUMNS.table(rows))
     print(
         "\nmedian s: of a step, without the optimiser. peak MiB: resident, above the start of a "
         f"step.\nOther processes used {load.share():.0%} of the cores."
     )
-    command = shlex.join(["python", "benchmarks/bench_trl.py", *argv])
-    run = dict(machine=machine, seed=args.seed, command=command, others=load.share(), **versions)
-    report.write_csv(args.csv, rows, run)
-    print(f"rows: {args.csv}")
+    run = dict(
+        machine=machine,
+        seed=args.seed,
+        command=command.command_line("bench_trl", argv),
+        others=load.share(),
+        **versions,
+    )
+    whole = command.is_whole(args, parse_args([]), "layers", "pairs", "seq_len", "steps")
+    csv, _ = command.output_paths(args, f"trl-{report.file_stem(machine)}", whole)
+    report.write_csv(csv, rows, run)
+    print(f"rows: {csv}")
     return 0
 
 
@@ -257,49 +271,18 @@ def complaints(rows: list[Row]) -> list[str]:
     ]
 
 
-def table(rows: list[Row]) -> str:
-    """Return rows as aligned text."""
-    lines = [HEADINGS] + [
-        (
-            str(row.layers),
-            row.head,
-            f"{row.seconds:.2f}",
-            f"{row.seconds_least:.2f} - {row.seconds_most:.2f}",
-            str(row.steps),
-            "n/a" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-            f"{row.speedup:.2f}x",
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Steps of TRL's DPOTrainer with its own head and with this package's, on a CPU."
+    parser = command.parser(
+        "Steps of TRL's DPOTrainer with its own head and with this package's, on a CPU.", seed=0
     )
     parser.add_argument("--layers", type=int, nargs="+", default=NUM_LAYERS)
     parser.add_argument("--pairs", type=int, default=1, help="of a batch")
     parser.add_argument("--seq-len", type=int, default=512, help="prompt and answer, in tokens")
     parser.add_argument("--steps", type=int, default=4, help="timed, with each head")
-    parser.add_argument("--seed", type=int, default=0, help="of model and data")
-    parser.add_argument("--csv", type=Path, help="by default benchmarks/results/trl-<machine>.csv")
-    args = parser.parse_args(argv)
+    parser.set_defaults(no_plot=True)
+    args = command.check(parser.parse_args(argv), parser)
     if min(args.layers) < 1 or args.pairs < 1 or args.seq_len < 8 or args.steps < 1:
         parser.error("--layers, --pairs and --steps must be 1 or more, and --seq-len 8 or more")
-    if args.csv is None:
-        machine = measure.machine_name(torch.device("cpu"))
-        name = re.sub(r"[^a-z0-9]+", "-", f"trl-{machine}".lower()).strip("-")
-        defaults = parser.parse_args([])
-        whole = all(
-            getattr(args, key) == getattr(defaults, key)
-            for key in ("layers", "pairs", "seq_len", "steps")
-        )
-        args.csv = RESULTS / f"{name}{'' if whole else '.local'}.csv"
     return args
 
 

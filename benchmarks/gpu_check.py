@@ -1,88 +1,285 @@
-"""What a machine with a GPU can show, in under ten minutes, and one summary: `make gpu-check`."""
+"""What a machine with a GPU can show, in nine minutes and one folder; `--help` has the options.
 
+It needs no network and nothing but torch: what is not installed is named and left out. Steps come
+in the order of what matters most. Each has a log of its own, and the summary is written anew after
+each step, so that a run that is stopped loses nothing.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZER = "compute-sanitizer"
+SANITIZED = (
+    "garbage or in_place or every_dtype"  # tests of tests/test_gpu.py: one of each stage and layout
+)
+VERSIONS = ("torch", "triton", "numpy")
+# Without them steps are left out or are less: tests are skipped, peers are not timed.
+WANTED = (
+    "pytest", "xdist", "hypothesis", "transformers", "peft", "accelerate", "tqdm", "matplotlib",
+    "mpmath", "trl", "datasets", "liger_kernel",
+)  # fmt: skip
+GIB_PER_PROCESS = 4  # of GPU memory: a context and the largest tensors of a test
+MARGIN_S = 2.0  # to end a step that is past its limit
 
 
 class Step(NamedTuple):
     name: str
-    command: list[str]  # empty: there is nothing to run
-    limit_s: float
-    environment: dict[str, str]
+    command: list[str]
+    weight: float  # its part of the time
+    environment: tuple[tuple[str, str], ...] = ()
+    missing: str = ""  # why it is left out
 
 
 class Outcome(NamedTuple):
     step: str
-    outcome: str
-    seconds: float
-    is_failure: bool
+    outcome: str  # "ok", "FAILED, ...", "left out: ...", "running"
+    seconds: float = 0.0
+    last_line: str = ""  # of its log
+
+    @property
+    def is_failure(self) -> bool:
+        return self.outcome.startswith("FAILED")
 
 
-def main() -> int:
+class Machine(NamedTuple):
+    name: str  # of the GPU
+    memory_gib: float
+    num_cpus: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; return the exit status."""
-    import torch
-
-    if not torch.cuda.is_available():
+    args = parse_args(argv)
+    machine = find_machine()
+    folder = args.output or ROOT / "out" / f"gpu-check-{stem(machine.name if machine else 'none')}"
+    steps = plan(machine or Machine("none", GIB_PER_PROCESS, os.cpu_count() or 1), folder)
+    if args.only:
+        unknown = set(args.only) - {step.name for step in steps}
+        if unknown:
+            names = ", ".join(step.name for step in steps)
+            print(f"--only takes {names}; got {', '.join(sorted(unknown))}", file=sys.stderr)
+            return 2
+        steps = [step for step in steps if step.name in args.only]
+    budget_s = 60 * args.minutes
+    if args.list:
+        print(plan_text(steps, budget_s))
+        return 0
+    if machine is None:
         print("no GPU here: `make test` and `make bench-kernels` are what this machine can show")
         return 1
-    outcomes = [run(step) for step in steps()]
-    print(f"\n{torch.cuda.get_device_name()}\n{summary(outcomes)}")
+    outcomes = run_all(steps, folder, budget_s, heading(machine))
+    print(f"\n{summary(heading(machine), outcomes)}\n\nall of it: {folder}")
     return int(any(outcome.is_failure for outcome in outcomes))
 
 
-def steps() -> list[Step]:
-    """All of them, 9 minutes at most."""
-    tests = [sys.executable, "-m", "pytest"]
-    sanitizer = shutil.which(SANITIZER)
-    sanitized: list[str] = []
-    if sanitizer is not None:
-        sanitized = [sanitizer, "--tool", "memcheck", "--error-exitcode", "3", *tests]
-        sanitized += ["tests/test_gpu.py", "-k", "more_programs"]
-    # Each tensor is an allocation of its own there, so that a stray access hits no other tensor.
-    own_allocations = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    benchmarks = [[sys.executable, f"benchmarks/bench_{name}.py"] for name in ("kernels", "vocab")]
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, help="folder of the results; default out/gpu-check-<machine>"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="names, as --list shows them")
+    parser.add_argument("--list", action="store_true", help="show the steps and their limits")
+    args = parser.parse_args(argv)
+    if args.minutes <= 0:
+        parser.error(f"--minutes must be positive, got {args.minutes}")
+    return args
+
+
+def find_machine() -> Machine | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return Machine(properties.name, properties.total_memory / 2**30, os.cpu_count() or 1)
+
+
+def plan(machine: Machine, folder: Path) -> list[Step]:
+    """All steps. A weight is the seconds that a step has of nine minutes, if all before it take
+    theirs."""
+    python = sys.executable
+    pytest = [python, "-m", "pytest", "-q", "--tb=short", "--durations=10", "-rfEs"]
+    no_pytest = "" if has("pytest") else "pytest is not installed"
+    processes = int(max(1, min(machine.num_cpus - 2, machine.memory_gib // GIB_PER_PROCESS)))
+    parallel = ["-n", str(processes), "--dist", "loadfile"] if has("xdist") else []
+    plots = [] if has("matplotlib") else ["--no-plot"]
+    no_tqdm = "" if has("tqdm") else "tqdm is not installed"
+
+    def benchmark(name: str, weight: float, *options: str) -> Step:
+        script = f"benchmarks/bench_{name}.py"
+        missing = no_tqdm if (ROOT / script).exists() else f"{script} is not there"
+        command = [python, script, "--output", str(folder), *options]
+        return Step(f"bench_{name}", command, weight, missing=missing)
+
+    def sanitizer(tool: str, weight: float) -> Step:
+        program = find_sanitizer()
+        missing = no_pytest if program else f"{SANITIZER} is not on PATH, nor in /usr/local/cuda"
+        command = [program or SANITIZER, "--tool", tool, "--error-exitcode", "3", *pytest]
+        command += ["tests/test_gpu.py", "-k", SANITIZED]
+        # Each tensor is an allocation of its own there, so that a stray access hits no other one.
+        return Step(tool, command, weight, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),), missing)
+
     return [
-        Step("GPU tests", [*tests, "-m", "gpu"], 180, {}),
-        Step(SANITIZER, sanitized, 120, own_allocations),
-        Step("bench_kernels", benchmarks[0], 120, {}),
-        Step("bench_vocab --quick", [*benchmarks[1], "--quick", "--no-plot"], 120, {}),
+        Step("self-check", [python, "-m", "dpo_triton.info"], 25),
+        Step("gpu-tests", [*pytest, "-m", "gpu"], 65, missing=no_pytest),
+        Step("suite", [*pytest, *parallel, "-m", "not gpu"], 140, missing=no_pytest),
+        sanitizer("memcheck", 45),
+        benchmark("host", 35, *plots),
+        benchmark("kernels", 50, *plots),
+        # Two vocabularies: torch.compile, among the peers, starts anew for each.
+        benchmark("vocab", 70, *plots, "--dtype", "bfloat16", "--vocab", "6400", "128256"),
+        benchmark("linear", 70, *plots),
+        sanitizer("racecheck", 40),
     ]
 
 
-def run(step: Step) -> Outcome:
-    """Run one step, its output passed on; a step past its limit is ended and has failed."""
-    if not step.command:
-        return Outcome(step.name, "not found on PATH", 0.0, is_failure=False)
-    print(f"\n{step.name}: {' '.join(step.command)}", flush=True)
+def has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def find_sanitizer() -> str | None:
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    return shutil.which(SANITIZER, path=path)
+
+
+def limits(steps: Sequence[Step], budget_s: float) -> dict[str, float]:
+    """Seconds of each step that runs, if all before it take theirs: its part of what is left."""
+    total = sum(step.weight for step in steps if not step.missing)
+    return {step.name: budget_s * step.weight / total for step in steps if not step.missing}
+
+
+def plan_text(steps: Sequence[Step], budget_s: float) -> str:
+    """Return the plan as lines: a step, its limit, and its command or why it is left out."""
+    seconds = limits(steps, budget_s)
+    width = max(len(step.name) for step in steps)
+    lines = []
+    for step in steps:
+        limit = f"{seconds[step.name]:4.0f} s" if step.name in seconds else "     -"
+        what = f"left out: {step.missing}" if step.missing else shlex.join(step.command)
+        lines.append(f"{step.name:<{width}}  {limit}  {what}")
+    return "\n".join(lines)
+
+
+def run_all(steps: Sequence[Step], folder: Path, budget_s: float, title: str) -> list[Outcome]:
+    """Run the steps within the budget, in their order; what one does not use the next ones have."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + budget_s
+    outcomes: list[Outcome] = []
+
+    def note(*more: Outcome) -> None:
+        (folder / "summary.txt").write_text(summary(title, [*outcomes, *more]) + "\n")
+
+    for i, step in enumerate(steps):
+        if step.missing:
+            outcomes.append(Outcome(step.name, f"left out: {step.missing}"))
+        else:
+            note(Outcome(step.name, "running"))
+            limit_s = limits(steps[i:], end - time.monotonic())[step.name] - MARGIN_S
+            print(f"{step.name}, at most {limit_s:.0f} s: {shlex.join(step.command)}", flush=True)
+            outcomes.append(run(step, folder / f"{step.name}.log", limit_s))
+        print(line(outcomes[-1]), flush=True)
+        note()
+    return outcomes
+
+
+def run(step: Step, log: Path, limit_s: float) -> Outcome:
+    """Run one step into its log; past the limit it is ended with all that it started."""
+    if limit_s <= 0:
+        return Outcome(step.name, "FAILED, no time was left for it")
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",  # what was printed is in the log when a step is ended
+        **dict(step.environment),
+    }
+    environment.pop("TRITON_INTERPRET", None)  # kernels are compiled here
     start = time.monotonic()
-    environment = {**os.environ, **step.environment}
-    try:
-        done = subprocess.run(step.command, cwd=ROOT, env=environment, timeout=step.limit_s)
-        failed = done.returncode != 0
-        outcome = f"FAILED, exit status {done.returncode}" if failed else "ok"
-    except subprocess.TimeoutExpired:
-        failed, outcome = True, f"FAILED, more than {step.limit_s:.0f} s"
-    return Outcome(step.name, outcome, time.monotonic() - start, failed)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit_s)
+            outcome = "ok" if status == 0 else f"FAILED, exit status {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"FAILED, more than {limit_s:.0f} s"
+        finally:
+            end_group(process)
+    seconds = time.monotonic() - start
+    lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
+    if outcome != "ok":
+        print(*lines[-40:], sep="\n", flush=True)
+    last_line = re.split(r"\r", lines[-1])[-1].strip("= ") if lines else ""
+    return Outcome(step.name, outcome, seconds, last_line[:100])
 
 
-def summary(outcomes: list[Outcome]) -> str:
-    """Return the outcomes as aligned text."""
-    lines = [("step", "outcome", "seconds")]
-    lines += [(o.step, o.outcome, f"{o.seconds:.1f}") for o in outcomes]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and those that it started, in its own process group, if any still run."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(MARGIN_S / 2)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def heading(machine: Machine) -> str:
+    """Return the machine, versions, and what is missing."""
+    found = {name: version(name) for name in VERSIONS}
+    missing = [name for name in WANTED if not has(name)]
     return "\n".join(
-        f"{step:<{widths[0]}}  {outcome:<{widths[1]}}  {seconds:>{widths[2]}}"
-        for step, outcome, seconds in lines
+        [
+            f"{machine.name}, {machine.memory_gib:.0f} GiB, {machine.num_cpus} CPU cores",
+            f"Python {sys.version.split()[0]}, "
+            + ", ".join(f"{name} {number}" for name, number in found.items()),
+            f"not installed: {', '.join(missing) or 'nothing that is wanted'}",
+        ]
     )
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def summary(title: str, outcomes: Sequence[Outcome]) -> str:
+    return "\n".join([title, "", *map(line, outcomes)])
+
+
+def line(outcome: Outcome) -> str:
+    text = f"{outcome.step:<14}{outcome.seconds:6.1f} s  {outcome.outcome}"
+    return f"{text}; {outcome.last_line}" if outcome.last_line else text
+
+
+def stem(name: str) -> str:
+    """A file's name from a machine's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the step ends too
     sys.exit(main())

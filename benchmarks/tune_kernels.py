@@ -18,16 +18,19 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported: interprete
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # a script: the checkout's packages, and none of benchmarks/ at the top level
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import kernel_peers
-from bench_vocab import require_bench_extra
+from benchmarks.common import command
+from benchmarks.common.peers import collect
+from benchmarks.common.report import FORWARD, Figures, aligned
+from benchmarks.common.token_logps import module
+from benchmarks.kernel.counts import ALL, BACKWARD, complaint, count, make_inputs, read_loop
+from benchmarks.kernel.model import modelled_rows
+from benchmarks.kernel.peers import KernelPeer, candidates
+from benchmarks.kernel.rows import BINDING, TIME, next_resource
+from gpu_lab.devices import DEVICES
 from gpu_lab.driver import emulate
-from gpu_lab.model import DEVICES
-from kernel_counts import ALL, BACKWARD, FORWARD, complaint, count, make_inputs, read_loop
-from kernel_model import modelled_rows
-from kernel_peers import KernelPeer
-from kernel_report import BINDING, TIME, Rows, aligned, next_resource
 
 PASSES = {"partials": FORWARD, "grad": BACKWARD}
 BLOCKS, THREADS = (512, 1024, 2048, 4096), (32, 64, 128, 256)
@@ -49,7 +52,7 @@ class Setting(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Print the table of each kernel on each target; return 1 if a setting gives wrong results."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    require_bench_extra(["tqdm"])
+    command.require_bench_extra(args, "tqdm")
     from tqdm import tqdm
 
     blocks, threads = (QUICK_BLOCKS, QUICK_THREADS) if args.quick else (BLOCKS, THREADS)
@@ -90,15 +93,15 @@ def try_setting(
 ) -> tuple[list[str], str | None]:  # fmt: skip
     """Return the cells of its line, and what is wrong with its results, or None."""
     passes = PASSES[kernel]
-    peer = kernel_peers.ours()
+    peer = collect(candidates(dtype)[:1])[0][0]  # this package
     logits = torch.randn(BATCH, SEQ_LEN, vocab_size).mul_(3).to(dtype)
     inputs = make_inputs(logits, torch.randint(vocab_size, (BATCH, SEQ_LEN)), ALL)
     with launched_with(kernel, setting):
         counted = count(peer, inputs, target)
-        loop = read_loop(peer, counted.kernels[passes], inputs, target)
+        loop = read_loop(counted.streaming[passes], dtype)
         measured = [f"{measure_ms(peer, passes, vocab_size, dtype):.3f}"] if has_gpu() else []
     assert loop is not None
-    rows = Rows(modelled_rows(peer.name, inputs, counted.work, {(target, passes): loop}))
+    rows = Figures(modelled_rows(peer.name, inputs, counted.work, {(target, passes): loop}))
     work, code = counted.work[passes], loop.codegen
     modelled = []
     for device in devices:
@@ -120,15 +123,15 @@ def chosen_setting(kernel: str, vocab_size: int, dtype: torch.dtype) -> tuple[Se
     """What the launcher chooses, and the neighbouring logits of its accesses."""
     logits = torch.empty((1, 1, vocab_size), dtype=dtype, device="meta")
     tensors = (logits,) if kernel == "partials" else (logits, logits)
-    config = kernel_peers.module(f"dpo_triton.kernels.{kernel}").launch_config(*tensors, False)
+    config = module(f"dpo_triton.kernels.{kernel}").launch_config(*tensors, False)
     return Setting(config["BLOCK_V"], config["THREADS"]), config["VEC"]
 
 
 @contextlib.contextmanager
 def launched_with(kernel: str, setting: Setting) -> Iterator[None]:
     """Have the kernel's launcher use a setting."""
-    module = kernel_peers.module(f"dpo_triton.kernels.{kernel}")
-    choose = module.launch_config
+    launcher = module(f"dpo_triton.kernels.{kernel}")
+    choose = launcher.launch_config
 
     def launch_config(*args: Any, **kwargs: Any) -> dict[str, int]:
         config = choose(*args, **kwargs)
@@ -136,11 +139,11 @@ def launched_with(kernel: str, setting: Setting) -> Iterator[None]:
         warps = max(1, setting.threads // threads_of_warp)
         return config | dict(BLOCK_V=setting.block, THREADS=setting.threads, num_warps=warps)
 
-    module.launch_config = launch_config
+    launcher.launch_config = launch_config
     try:
         yield
     finally:
-        module.launch_config = choose
+        launcher.launch_config = choose
 
 
 def has_gpu() -> bool:
@@ -149,13 +152,13 @@ def has_gpu() -> bool:
 
 def measure_ms(peer: KernelPeer, passes: str, vocab_size: int, dtype: torch.dtype) -> float:
     """Median time of one pass over GPU_ROWS rows."""
-    import kernel_measure
-    import measure
+    from benchmarks.common.measure import times_ms
+    from benchmarks.kernel import measure
 
-    logits, labels = kernel_measure.random_batch(4, GPU_ROWS // 4, vocab_size, dtype)
-    fn = kernel_measure.timed(peer, make_inputs(logits, labels, ALL), passes)
+    logits, labels = measure.random_batch(4, GPU_ROWS // 4, vocab_size, dtype)
+    fn = measure.timed(peer, make_inputs(logits, labels, ALL), passes)
     assert fn is not None
-    return statistics.median(measure.times_ms(fn, kernel_measure.DEVICE, min_run_s=0.1))
+    return statistics.median(times_ms(fn, measure.DEVICE, min_run_s=0.1))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -166,6 +169,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--target", nargs="+", choices=["sm_80", "sm_90", "sm_100"], default=["sm_90", "sm_100"]
     )
     parser.add_argument("--quick", action="store_true", help="a few settings")
+    parser.set_defaults(no_plot=True)
     return parser.parse_args(argv)
 
 

@@ -1,222 +1,255 @@
-"""Autograd glue: the forward passes call partials and combine, the backward passes grad."""
+"""From arguments through checks and operators to results: the one body of the public functions, and
+the autograd function of logits.
+"""
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import _head, _ops
+from . import _checks, _ops
+from ._records import Request, Scaling, Scores, Tokens, VocabShard
 
-if TYPE_CHECKING:
-    from .parallel import Peers
+
+class Options(NamedTuple):
+    """What a public function was told besides tensors, as it came."""
+
+    reduction: str | None  # None: one value per token
+    scaling: Scaling
+    stats: Sequence[str]
+    backend: str
+    vocab_shard: VocabShard | None = None
+    sequence_group: ProcessGroup | None = None
+
+
+class Source(Protocol):
+    """What the logits come from: a tensor of them, or hidden states and a head."""
+
+    @property
+    def rows(self) -> Tensor:
+        """(B, T, ...), or (N, ...) of packed tokens: a row scores a token."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that it is made of."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+
+    def check(self, tokens: Tokens) -> None:
+        """Raise what is wrong with it, and with the tokens beside it."""
+
+    def as_batch(self) -> "Source":
+        """Packed rows as a batch of one."""
+
+    def score(self, tokens: Tokens, scaling: Scaling, request: Request) -> Scores:
+        """Both passes, differentiable."""
+
+
+AnySource = TypeVar("AnySource", bound=Source)
+
+
+class Logits(NamedTuple):
+    logits: Tensor  # (B, T, V) or (N, V)
+    inplace_backward: bool
+
+    @property
+    def rows(self) -> Tensor:
+        return self.logits
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.logits,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits.dtype
+
+    def check(self, tokens: Tokens) -> None:
+        _checks.check_logits(self.logits, tokens.cu_seqlens, self.inplace_backward)
+        _checks.check_tokens(self.logits, tokens, "logits")
+
+    def as_batch(self) -> "Logits":
+        return self._replace(logits=self.logits[None])
+
+    def score(self, tokens: Tokens, scaling: Scaling, request: Request) -> Scores:
+        symbols = _ops.symbols_of(scaling)
+        inputs = (self.logits, tokens, scaling, symbols, request)
+        if torch.is_grad_enabled() and self.logits.requires_grad:
+            return Scores(*Logprob.apply(*inputs, self.inplace_backward))  # type: ignore[no-untyped-call]
+        values, lengths, logps, _, stats, _ = _forward(*inputs)
+        return scores(request, values, lengths, logps, stats)
+
+
+def log_probabilities(
+    source: Source, tokens: Tokens, options: Options
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """The one body of the public functions, which differ in the source alone."""
+    _checks.check_choices(options)
+    is_sharded = options.vocab_shard is not None or options.sequence_group is not None
+    if is_sharded or any(is_dtensor(x) for x in (*source.tensors, *tokens[:3])):
+        from .parallel import sharded_scores
+
+        found = sharded_scores(source, tokens, options)
+    else:
+        source, tokens, scaling, request = checked(source, tokens, options)
+        found = source.score(tokens, scaling, request)
+    return _named(found, tokens.cu_seqlens is not None, options)
+
+
+def checked(
+    source: AnySource, tokens: Tokens, options: Options
+) -> tuple[AnySource, Tokens, Scaling, Request]:
+    """Check what came, and put it as the stages take it."""
+    source.check(tokens)
+    scaling = _checks.checked_scaling(options.scaling)
+    is_packed = tokens.cu_seqlens is not None
+    tokens = Tokens(*tokens[:3], bool(tokens.shift), _checks.checked_index(tokens.ignore_index))
+    if options.reduction is None and tokens.mask is not None:  # says only what is scored
+        tokens = tokens._replace(mask=tokens.mask != 0)
+    request = Request(
+        options.reduction or "none",
+        tuple(name for name in _checks.TOKEN_STATS if name in options.stats),
+        "lengths" in options.stats,
+        "token_logps" in options.stats,
+        options.backend,
+    )
+    if is_packed:
+        source, tokens = source.as_batch(), tokens.as_batch()  # type: ignore[assignment]
+    return source, tokens, scaling, request
+
+
+def scores(
+    request: Request, values: Tensor, lengths: Tensor, logps: Tensor, stats: Tensor
+) -> Scores:
+    """The results of a call, of which no two share memory."""
+    is_per_token = request.reduction == "none"
+    return Scores(
+        logps if is_per_token else values,
+        lengths if request.wants_lengths else None,
+        (logps.clone() if is_per_token else logps) if request.wants_logps else None,
+        stats,
+    )
+
+
+def _named(
+    found: Scores, is_packed: bool, options: Options
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    result = found.result[0] if is_packed and options.reduction is None else found.result
+    if not options.stats:
+        return result
+    every = {"lengths": found.lengths}
+    tokens = [name for name in _checks.TOKEN_STATS if name in options.stats]
+    for name, stat in zip(["token_logps", *tokens], [found.logps, *found.stats], strict=True):
+        every[name] = stat[0] if is_packed and stat is not None else stat
+    return result, {name: every[name] for name in options.stats}  # type: ignore[misc]
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor. `torch.distributed.tensor` is not imported: whoever passes one has
+    done that."""
+    if type(tensor) is Tensor or tensor is None or type(tensor) is torch.nn.Parameter:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 class Logprob(torch.autograd.Function):
-    """logits (B, T, V) -> result, lengths (S,), logps (B, T), stats (E, B, T).
-
-    The result is the values of the sequences, (S,), or with reduction "none" the logps themselves.
-    Only the result is differentiable.
-    """
+    """logits (B, T, V) -> Scores, of which the result is differentiable."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        reduction: str,
-        shift: bool,
-        ignore_index: int,
-        temperature: float,
-        logit_scale: float,
-        softcap: float | None,
-        stats: Sequence[str],
+        tokens: Tokens,
+        scaling: Scaling,
+        symbols: Tensor | None,
+        request: Request,
         inplace_backward: bool,
-        backend: str,
-        peers: "Peers | None",  # the ranks that have the other columns or tokens
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scaling = (temperature, logit_scale, softcap)
-        columns = _columns(logits.shape[-1], peers)
-        partials, target, weights = _ops.partials(
-            logits[..., : columns.width],
-            labels,
-            mask,
-            cu_seqlens,
-            shift,
-            ignore_index,
-            columns.first,
-            columns.vocab_size,
-            *scaling,
-            stats,
-            backend,
-        )
-        if peers is not None:
-            partials, target = peers.gather_all_partials(partials, target, weights)
-        inputs = (
-            partials,
-            target,
-            weights,
-            cu_seqlens,
-            columns.vocab_size,
-            scaling,
-            stats,
-            backend,
-        )
-        result, lengths, logps, of_tokens, token_stats = _combined(reduction, peers, *inputs)
-        ctx.save_for_backward(logits, labels, cu_seqlens, weights, lengths, *of_tokens)
-        ctx.reduction = reduction
-        ctx.options = (shift, columns.first, *scaling, backend)
-        ctx.num_columns = columns.width
-        ctx.inplace_backward = inplace_backward
-        ctx.is_overwritten = False
-        ctx.mark_non_differentiable(lengths, logps, token_stats)
-        return result, lengths, logps, token_stats
-
-    @staticmethod
-    def backward(ctx: Any, grad_result: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.inplace_backward and ctx.is_overwritten:
-            raise RuntimeError(
-                "inplace_backward=True: an earlier backward pass wrote its gradient over the "
-                "logits, so there is nothing to differentiate again; pass inplace_backward=False"
-            )
-        logits, labels, cu_seqlens, weights, lengths, *of_tokens = ctx.saved_tensors
-        grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, weights)
-        inputs = (labels, weights, *of_tokens, *ctx.options)
-        is_padded = ctx.num_columns < logits.shape[-1]
-        if not ctx.inplace_backward and not is_padded:
-            return (_ops.grad(grad_logps, logits, *inputs), *(None,) * 13)
-        # Over a copy of padded logits: a gradient of their columns would be copied all the same.
-        out = logits if ctx.inplace_backward else logits.clone()
-        _ops.grad_(grad_logps, out[..., : ctx.num_columns], *inputs)
-        if is_padded:
-            out[..., ctx.num_columns :] = 0
-        ctx.is_overwritten = True
-        return (out, *(None,) * 13)
-
-
-class LinearLogprob(torch.autograd.Function):
-    """hidden (B, T, H), weight (V, H), bias (V,) -> as Logprob, the logits only ever in tiles."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        reduction: str,
-        shift: bool,
-        ignore_index: int,
-        temperature: float,
-        logit_scale: float,
-        softcap: float | None,
-        stats: Sequence[str],
-        dtype: torch.dtype,
-        tile_bytes: int,
-        needs: Sequence[bool],  # of hidden, weight and bias
-        backend: str,
-        peers: "Peers | None",
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scaling = (temperature, logit_scale, softcap)
-        head_trains = needs[1] or needs[2]
-        columns = _columns(weight.shape[0], peers)
-        inputs = (
-            hidden,
-            weight,
-            bias,
-            labels,
-            mask,
-            cu_seqlens,
-            shift,
-            ignore_index,
-            *scaling,
-            stats,
-            dtype,
-            tile_bytes,
-            head_trains,
-            needs[0] and not head_trains,
-            backend,
-        )
-        if peers is None:
-            of_head = _head.linear_partials(*inputs)
-        else:
-            of_head = _head.head_partials(*inputs, columns=columns, gather=peers.gather_partials)
-        partials, target, weights, kept, unit_grad = of_head
-        combined = (
-            partials, target, weights, cu_seqlens, columns.vocab_size, scaling, stats, backend
-        )  # fmt: skip
-        result, lengths, logps, of_tokens, token_stats = _combined(reduction, peers, *combined)
-        if unit_grad.numel() > 0:  # of no more use: one gathered for this pass can be freed
-            weight = weight.new_empty(0)
+    ) -> tuple[Tensor | None, ...]:
+        if inplace_backward:
+            check_no_hooks()
+        outputs = _forward(logits, tokens, scaling, symbols, request)
+        values, lengths, logps, softmax, stats, weights = outputs
         ctx.save_for_backward(
-            hidden, weight, bias, labels, cu_seqlens, weights, lengths, kept, unit_grad, *of_tokens
+            logits, tokens.labels, tokens.cu_seqlens, weights, lengths, softmax, symbols
         )
-        ctx.reduction, ctx.columns, ctx.peers = reduction, columns, peers
-        ctx.options = (shift, *scaling, dtype, tile_bytes, needs, backend)
-        ctx.mark_non_differentiable(lengths, logps, token_stats)
-        return result, lengths, logps, token_stats
+        ctx.shift, ctx.scaling, ctx.request = tokens.shift, scaling, request
+        ctx.inplace_backward, ctx.is_overwritten = inplace_backward, False
+        # The backward pass reads lengths: whoever asks for them gets a copy.
+        found = scores(request, values, lengths.clone(), logps, stats)
+        ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
+        return found
 
     @staticmethod
-    def backward(ctx: Any, grad_result: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, cu_seqlens, weights, lengths, *rest = ctx.saved_tensors
-        kept, unit_grad, *of_tokens = rest
-        grad_logps = _spread(grad_result, ctx.reduction, lengths, cu_seqlens, weights)
-        inputs: Any = (grad_logps, hidden, weight, bias, labels, weights, *of_tokens)
-        inputs = (*inputs, kept, unit_grad, *ctx.options)
-        needs = ctx.options[-2]
-        if ctx.peers is None:
-            grads = _head.linear_grad(*inputs)
-        else:
-            with ctx.peers.backward(needs[0]) as sum_:
-                grads = _head.head_grad(*inputs, columns=ctx.columns, sum_=sum_)
-        asked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return (*asked, *(None,) * 15)
+    def backward(
+        ctx: Any, grad_result: Tensor, *unused: Tensor
+    ) -> tuple[Tensor, None, None, None, None, None]:
+        saved = saved_logits(ctx) if ctx.inplace_backward else ctx.saved_tensors
+        logits, labels, cu_seqlens, weights, lengths, softmax, symbols = saved
+        constants = _ops.constants(ctx.scaling, symbols)
+        with torch.no_grad():
+            grad_logps = spread(grad_result, ctx.request.reduction, lengths, cu_seqlens, weights)
+            tokens = (labels, weights, ctx.shift, softmax)
+            inputs = (grad_logps, logits, *tokens, *constants, symbols, ctx.request.backend)
+            if ctx.inplace_backward:
+                _ops.logprob_grad_(*inputs)
+                grad = logits.detach()
+                ctx.is_overwritten = True
+            else:
+                grad = _ops.logprob_grad(*inputs)
+        return differentiated_once(grad), None, None, None, None, None
 
 
-def _columns(width: int, peers: "Peers | None") -> _head.Columns:
-    """Which columns of the vocabulary are here: all, unless it is sharded."""
-    if peers is None or peers.columns is None:
-        return _head.Columns(0, width, width)
-    return peers.columns
-
-
-def _combined(
-    reduction: str,
-    peers: "Peers | None",
-    partials: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    vocab_size: int,
-    scaling: tuple[float, float, float | None],
-    stats: Sequence[str],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-    """Result, lengths and logps, what `grad` takes of each token, and stats."""
-    # Where a sequence's tokens are sharded, only the sum of those that are here is known.
-    is_local = peers is not None and peers.sequence is not None
-    values, lengths, logps, *of_tokens, token_stats = _ops.combine(
-        partials,
-        target,
-        weights,
-        cu_seqlens,
-        "sum" if is_local else reduction,
-        vocab_size,
-        *scaling,
-        stats,
-        backend,
+def _forward(
+    logits: Tensor, tokens: Tokens, scaling: Scaling, symbols: Tensor | None, request: Request
+) -> Any:
+    return _ops.logprob(
+        logits,
+        *tokens,
+        *_ops.constants(scaling, symbols),
+        symbols,
+        request.reduction,
+        request.stats,
+        request.backend,
     )
-    if peers is not None:
-        values, lengths = peers.sum_sequences(values, lengths, weights, cu_seqlens, reduction)
-    result = logps.clone() if reduction == "none" else values
-    return result, lengths, logps, of_tokens, token_stats
 
 
-def _spread(
+def check_no_hooks() -> None:
+    """In place, what is saved must be the very logits, and known to whoever else saved them."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        raise RuntimeError(
+            "inplace_backward=True got logits under saved-tensor hooks (non-reentrant activation "
+            "checkpointing, save_on_cpu), where others may be handed the memory that the gradient "
+            "overwrites, without a word; pass inplace_backward=False there, or take the "
+            "log-probabilities out of the checkpointed function"
+        )
+
+
+def saved_logits(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors of a pass in place, or why they are not what they were."""
+    if ctx.is_overwritten:
+        raise RuntimeError(
+            "inplace_backward=True: an earlier backward pass wrote its gradient over the "
+            "logits, so there is nothing to differentiate again; pass inplace_backward=False"
+        )
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "inplace_backward=True: the logits, or what they are a view of, were written to after "
+            "the forward pass; two parts of one tensor cannot both be overwritten: score them in "
+            f"one call, or pass inplace_backward=False ({error})"
+        ) from error
+
+
+def spread(
     grad_result: Tensor, reduction: str, lengths: Tensor, cu_seqlens: Tensor | None, weights: Tensor
 ) -> Tensor:
     """Upstream gradient of each token, (B, T), up to its weight. No host synchronisation."""
@@ -226,5 +259,30 @@ def _spread(
     grad_values = grad_result / lengths if reduction == "mean" else grad_result
     if cu_seqlens is None:
         return grad_values[:, None].expand_as(weights)
-    spread = torch.repeat_interleave(grad_values, cu_seqlens.diff(), output_size=weights.numel())
-    return spread.view_as(weights)
+    if grad_values.numel() == 0:
+        return torch.zeros_like(weights)
+    places = torch.arange(weights.numel(), dtype=cu_seqlens.dtype, device=weights.device)
+    sequence = torch.searchsorted(cu_seqlens, places, right=True) - 1
+    return grad_values[sequence.clamp_(0, grad_values.numel() - 1)].view_as(weights)
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anything: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "double backward: the gradient that dpo_triton computes cannot be differentiated "
+            "again; for second derivatives use dpo_triton.reference, which is plain PyTorch"
+        )
+
+
+def differentiated_once(grad: Any) -> Any:
+    """A gradient that says so where it would be differentiated again."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grad
+    # It depends on tensors that were not all kept: a leaf of its own stands for them.
+    anything = torch.empty((), requires_grad=True)
+    return _DifferentiatedOnce.apply(grad, anything)  # type: ignore[no-untyped-call]

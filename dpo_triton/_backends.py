@@ -1,36 +1,22 @@
-"""The three stages as one value, and the one place that asks which of them can run on a device."""
+"""Which backend runs on a device: asked once a call."""
 
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from types import ModuleType
+from typing import Literal
 
 import torch
-from torch import Tensor
+
+from ._records import Backend
 
 BackendName = Literal["auto", "triton", "cpu", "torch"]
-
-
-class Backend(NamedTuple):
-    """Three stage functions with the arguments and results of the operators in `_ops`."""
-
-    name: str
-    partials: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    combine: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
-    grad: Callable[..., Tensor]
-    num_splits: Callable[[int], int]  # columns -> entries of the partials for each token
-    on_host: bool  # values can be read without waiting for a device
-
-    @property
-    def checks_values(self) -> bool:
-        """Whether wrong labels and cu_seqlens raise: on a GPU only if it may be waited for."""
-        return self.on_host or os.environ.get("DPO_TRITON_DEBUG") == "1"
+BACKEND_NAMES = ("auto", "triton", "cpu", "torch")
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """Return the backend for tensors on `device`; "auto" is Triton on a GPU, compiled loops on a
-    CPU if numba is installed, and PyTorch elsewhere.
+    CPU where numba is installed, and PyTorch elsewhere.
 
     Raises:
         ModuleNotFoundError: what the backend that is asked for, or that "auto" means here, needs
@@ -39,8 +25,8 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
         TypeError: Triton and float64.
     """
     if name == "auto":
-        of_device = {"cuda": "triton", "cpu": "cpu" if _is_installed("numba") else "torch"}
-        name = of_device.get(device.type, "torch")
+        of_cpu = "cpu" if _is_installed("numba") else "torch"
+        name = {"cuda": "triton", "cpu": of_cpu}.get(device.type, "torch")
     if name == "torch":
         return _torch_backend()
     if name == "cpu":
@@ -75,25 +61,47 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
     return _triton_backend()
 
 
+def backend_named(name: str) -> Backend:
+    """The backend of a name that `resolve_backend` found."""
+    return {"triton": _triton_backend, "cpu": _cpu_backend, "torch": _torch_backend}[name]()
+
+
+def checks_values(backend: Backend) -> bool:
+    """Whether wrong labels and cu_seqlens raise: on a GPU only if it may be waited for."""
+    return backend.on_host or os.environ.get("DPO_TRITON_DEBUG") == "1"
+
+
 @functools.cache
 def _torch_backend() -> Backend:
-    from . import _torch_stages as stages
+    from . import _torch_stages
 
-    return Backend("torch", stages.partials, stages.combine, stages.grad, stages.num_splits, True)
+    return _backend("torch", _torch_stages, tile_width=4096, on_host=True)
 
 
 @functools.cache
 def _cpu_backend() -> Backend:
-    from . import _cpu_stages as stages
+    from . import _cpu_stages
 
-    return Backend("cpu", stages.partials, stages.combine, stages.grad, stages.num_splits, True)
+    return _backend("cpu", _cpu_stages, tile_width=4096, on_host=True)
 
 
 @functools.cache
 def _triton_backend() -> Backend:
-    from . import kernels as stages
+    if importlib.util.find_spec(".kernels", __package__) is None:
+        raise ModuleNotFoundError(
+            f"{os.path.join(os.path.dirname(__file__), 'kernels')} is a link to the kernels, and "
+            "this is a copy without symbolic links (a zip, or git on Windows); run `pip install .` "
+            'in it, which needs no links, or pass backend="torch"'
+        )
+    from . import kernels
 
-    return Backend("triton", stages.partials, stages.combine, stages.grad, stages.num_splits, False)
+    # A GPU waits for the host where tiles are narrow.
+    return _backend("triton", kernels, tile_width=32768, on_host=False)
+
+
+def _backend(name: str, stages: ModuleType, tile_width: int, on_host: bool) -> Backend:
+    functions = (stages.partials, stages.combine, stages.grad, stages.num_splits)
+    return Backend(name, *functions, tile_width, on_host)
 
 
 @functools.cache

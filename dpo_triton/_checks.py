@@ -1,13 +1,17 @@
 """Every complaint about inputs; those that read values, and so wait for a GPU, come last."""
 
-import math
-from collections.abc import Sequence
-from typing import get_args
+import operator
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._backends import BackendName
+from ._backends import BACKEND_NAMES
+from ._records import Scaling, Tokens
+
+if TYPE_CHECKING:
+    from ._autograd import Options
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum")
@@ -50,13 +54,23 @@ def check_logits(logits: Tensor, cu_seqlens: Tensor | None, inplace_backward: bo
             "logits must be contiguous in their last dimension, the vocabulary, got strides "
             f"{tuple(logits.stride())}; call logits.contiguous(), or transpose before the head"
         )
-    if inplace_backward:
-        rows = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
-        if any(size > 1 and stride < logits.shape[-1] for size, stride in rows):
-            raise ValueError(
-                f"inplace_backward=True needs rows that do not share memory, got logits of strides "
-                f"{tuple(logits.stride())}; logits made by expand() cannot hold their own gradient"
-            )
+    if inplace_backward and _rows_overlap(logits):
+        raise ValueError(
+            f"inplace_backward=True needs rows that do not share memory, got logits of shape "
+            f"{tuple(logits.shape)} and strides {tuple(logits.stride())}; logits made by expand() "
+            "or as_strided() cannot hold their own gradient: pass logits.contiguous()"
+        )
+
+
+def _rows_overlap(logits: Tensor) -> bool:
+    """Whether a step along a dimension may land in what smaller steps cover."""
+    covered = logits.shape[-1]
+    leading = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
+    for stride, size in sorted(step for step in leading if step[1] > 1):
+        if stride < covered:
+            return True
+        covered += stride * (size - 1)
+    return False
 
 
 def check_hidden(
@@ -133,14 +147,9 @@ def check_tile_bytes(tile_bytes: int | None) -> None:
         )
 
 
-def check_tokens(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    name_of_logits: str = "logits",
-) -> None:
+def check_tokens(logits: Tensor, tokens: Tokens, name_of_logits: str) -> None:
     """Shape, dtype and device of what stands beside the logits, or what they are made of."""
+    labels, mask, cu_seqlens, _, _ = tokens
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.shape != logits.shape[:-1]:
@@ -185,59 +194,82 @@ def check_tokens(
             )
 
 
-def check_scaling(temperature: float, logit_scale: float, softcap: float | None) -> None:
-    """Positive, finite numbers."""
-    for name, value in (
-        ("temperature", temperature),
-        ("logit_scale", logit_scale),
-        ("softcap", softcap),
-    ):
+# Far beyond any model's numbers; inside, no product of theirs leaves float32's range.
+LEAST_SCALE, LARGEST_SCALE = 1e-15, 1e15
+
+
+def checked_scaling(scaling: Scaling) -> Scaling:
+    """Positive, finite numbers, as Python's."""
+    numbers: dict[str, Any] = {}
+    for name, value in scaling._asdict().items():
         if value is None and name == "softcap":
+            numbers[name] = None
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(
-                f"{name} must be a number, got {type(value).__name__}; of a tensor pass .item(), "
-                "which waits for the device"
-            )
-        if not 0 < value < math.inf:
+        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}{_cure(value)}")
+        number = value if type(value) is float else float(value)
+        if not LEAST_SCALE <= number <= LARGEST_SCALE:
             cure = "; pass None for no cap" if name == "softcap" else ""
-            raise ValueError(f"{name} must be positive and finite, got {value}{cure}")
+            raise ValueError(
+                f"{name} must be positive and finite, from {LEAST_SCALE} to {LARGEST_SCALE}, got "
+                f"{value}{cure}"
+            )
+        numbers[name] = number
+    return Scaling(**numbers)
 
 
-def check_choices(
-    reduction: str | None,
-    stats: Sequence[str],
-    allowed_stats: Sequence[str],
-    ignore_index: int,
-    backend: str,
-) -> None:
-    """Names out of a list, and ignore_index."""
+def _cure(value: object) -> str:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return "; of a tensor pass .item(), which waits for the device"
+    if isinstance(value, Tensor):
+        return (
+            f" of shape {tuple(value.shape)}; for one per sequence or token divide the logits "
+            "themselves, as in logits / temperature[:, None, None], or the hidden states of a head "
+            "without a bias"
+        )
+    return ""
+
+
+def checked_index(ignore_index: Any) -> int:
+    """An integer, as Python's."""
+    if type(ignore_index) is int:
+        return ignore_index
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    return operator.index(ignore_index)
+
+
+def check_choices(options: "Options") -> None:
+    """Names out of a list."""
+    reduction, _, stats, backend, *_ = options
     if reduction is not None and reduction not in REDUCTIONS:
         raise ValueError(
             f'reduction must be "mean" or "sum", got {reduction!r}; '
-            "for one value a token use fused_token_logprob or fused_linear_token_logprob"
+            "for one value per token use fused_token_logprob or fused_linear_token_logprob"
         )
     if isinstance(stats, str):
         raise TypeError(
             f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
         )
-    unknown = [name for name in stats if name not in allowed_stats]
-    if unknown:
-        raise ValueError(f"stats must be out of {', '.join(allowed_stats)}; got {unknown[0]!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if backend not in get_args(BackendName):
-        raise ValueError(f'backend must be "auto", "triton", "cpu" or "torch", got {backend!r}')
+    # A value per token has no sequences, and so no lengths.
+    allowed = SEQUENCE_STATS[1:] if reduction is None else SEQUENCE_STATS
+    for name in stats:
+        if name not in allowed:
+            raise ValueError(f"stats must be out of {', '.join(allowed)}; got {name!r}")
+    if backend not in BACKEND_NAMES:
+        *names, last = (f'"{name}"' for name in BACKEND_NAMES)
+        raise ValueError(f"backend must be {', '.join(names)} or {last}, got {backend!r}")
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Whether packed sequences cover the tokens, in order."""
+    """Whether packed sequences follow each other inside of the tokens."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens or sorted(bounds) != bounds:
+    if bounds[0] != 0 or bounds[-1] > num_tokens or sorted(bounds) != bounds:
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", bounds[-1]]
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {shown}; "
-            "it is the running sum of the sequences' lengths with a 0 in front"
+            f"cu_seqlens must rise from 0 to at most the number of tokens, {num_tokens}, got "
+            f"{shown}; it is the running sum of the sequences' lengths with a 0 in front, and what "
+            "comes after its last entry is padding"
         )
 
 

@@ -1,158 +1,168 @@
-"""The three stages as torch.library operators: `partials`, `combine`, `grad` and `grad_`.
+"""Both passes over logits as torch.library operators: `logprob`, `logprob_grad`, `logprob_grad_`.
 
-An operator picks its backend when it runs. torch.compile sees an opaque call that its fake
-describes.
+Here alone arguments are flat, as schemas want them. torch.compile sees an opaque call that its fake
+describes. Operators are registered without autograd, which is outside of them, in `_autograd`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._backends import resolve_backend
+from ._backends import checks_values, resolve_backend
 from ._checks import check_cu_seqlens_values, check_scored_labels
-from ._weights import sum_dtype
+from ._records import Columns, Combined, Partials, Scaling, Scored, Tokens, sum_dtype
 
 # Of the operators: the package's own name, so that another copy of it, imported under another name
 # as the Hugging Face Hub does, can live in the same process.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
-SCALING = "float temperature, float logit_scale, float? softcap"
-_PARTIALS = (
-    "(Tensor logits, Tensor labels, Tensor? mask, Tensor? cu_seqlens, bool shift, "
-    f"int ignore_index, SymInt first_column, SymInt vocab_size, {SCALING}, str[] stats, "
-    "str backend) -> (Tensor, Tensor, Tensor)"
-)
-_COMBINE = (
-    "(Tensor partials, Tensor target, Tensor weights, Tensor? cu_seqlens, str reduction, "
-    f"SymInt vocab_size, {SCALING}, str[] stats, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_GRAD_INPUTS = (
-    "Tensor labels, Tensor weights, Tensor complement, Tensor reference, Tensor share, "
-    f"bool shift, SymInt first_column, {SCALING}, str backend"
-)
-_GRAD = f"(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor"
-_GRAD_ = f"(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()"
+TOKENS = "Tensor labels, Tensor? mask, Tensor? cu_seqlens, bool shift, SymInt ignore_index"
+# symbols are the numbers before them where a graph does not know these; see `symbols_of`.
+SCALING = "float temperature, float logit_scale, float? softcap, Tensor? symbols"
+_GRAD_INPUTS = f"Tensor labels, Tensor weights, bool shift, Tensor softmax, {SCALING}, str backend"
 
 
-@torch.library.custom_op(f"{NAMESPACE}::partials", mutates_args=(), schema=_PARTIALS)
-def partials(logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Partials (C, K, B * T), the targets' logits (B * T,) and the tokens' weights (B, T)."""
-    *stage_inputs, backend = inputs
-    labels, _, cu_seqlens, _, _, _, vocab_size = inputs[:7]
-    stages = resolve_backend(backend, logits.device, logits.dtype)
-    if stages.checks_values and cu_seqlens is not None:
-        check_cu_seqlens_values(cu_seqlens, labels.numel())
-    partials, target, weights = stages.partials(logits, *stage_inputs)
-    if stages.checks_values:
-        check_scored_labels(labels, weights, vocab_size, cu_seqlens is not None)
-    return partials, target, weights
+def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator of this package; return what calls it."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-@partials.register_fake
-def _(
+def symbols_of(scaling: Scaling) -> Tensor | None:
+    """The numbers of a scaling as a tensor, (2,) or (3,) float64 on the CPU, while compiling.
+
+    A graph would hold an operator's numbers as constants, and be compiled anew for each new
+    temperature. The products below are what PyTorch keeps symbolic. None for the defaults.
+    """
+    if not torch.compiler.is_compiling():
+        return None
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    temperature, logit_scale, softcap = scaling
+    is_one = [statically_known_true(number == 1.0) for number in (temperature, logit_scale)]
+    if softcap is None and all(is_one):
+        return None
+    one = torch.ones((), dtype=torch.float64)
+    return torch.stack([one * number for number in scaling if number is not None])
+
+
+def constants(scaling: Scaling, symbols: Tensor | None) -> tuple[float, float, float | None]:
+    """The numbers to call an operator with beside their symbols, which say whether there is a
+    softcap."""
+    if symbols is None:
+        return scaling
+    return 1.0, 1.0, None
+
+
+def scaling_of(
+    temperature: float, logit_scale: float, softcap: float | None, symbols: Tensor | None
+) -> Scaling:
+    """The scaling that an operator was called with."""
+    if symbols is None:
+        return Scaling(temperature, logit_scale, softcap)
+    numbers = symbols.tolist()
+    return Scaling(numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None)
+
+
+def _logprob(
     logits: Tensor,
     labels: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
-    first_column: int,
-    vocab_size: int,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-    stats: Sequence[str],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, seq_len, num_columns = logits.shape
-    dtype = sum_dtype(logits.dtype)
-    num_splits = resolve_backend(backend, logits.device, logits.dtype).num_splits(num_columns)
-    return (
-        logits.new_empty((2 + len(stats), num_splits, batch * seq_len), dtype=dtype),
-        logits.new_empty(batch * seq_len, dtype=dtype),
-        logits.new_empty((batch, seq_len), dtype=dtype),
-    )
-
-
-@torch.library.custom_op(f"{NAMESPACE}::combine", mutates_args=(), schema=_COMBINE)
-def combine(
-    partials: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values and lengths (S,), logps (B, T), complement, reference and share (B * T,), stats
-    (E, B, T)."""
-    *stage_inputs, backend = inputs
-    stages = resolve_backend(backend, partials.device, partials.dtype)
-    return stages.combine(partials, *stage_inputs)
-
-
-@combine.register_fake
-def _(
-    partials: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
+    symbols: Tensor | None,
     reduction: str,
-    vocab_size: int,
+    stats: Sequence[str],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both stages of the forward pass: a Combined, and the weights (B, T)."""
+    stages = resolve_backend(backend, logits.device, logits.dtype)
+    tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
+    scaling = scaling_of(temperature, logit_scale, softcap, symbols)
+    vocab_size = logits.shape[-1]
+    if cu_seqlens is not None and checks_values(stages):
+        check_cu_seqlens_values(cu_seqlens, labels.numel())
+    columns, dtype = Columns.all_of(vocab_size), sum_dtype(logits.dtype)
+    partials = Partials.empty(tokens, columns, stages.num_splits(vocab_size), len(stats), dtype)
+    stages.partials(logits, tokens, columns, scaling, stats, partials)
+    if checks_values(stages):
+        check_scored_labels(labels, partials.weights, vocab_size, cu_seqlens is not None)
+    combined = Combined.empty(partials.weights, tokens.num_sequences(reduction), len(stats))
+    stages.combine(partials, cu_seqlens, reduction, vocab_size, scaling, stats, combined)
+    return *combined, partials.weights
+
+
+def _fake_logprob(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, reduction, stats, _ = inputs
+    tokens = Tokens(labels, mask, cu_seqlens, *inputs[:2])
+    weights = labels.new_empty(labels.shape, dtype=sum_dtype(logits.dtype))
+    return *Combined.empty(weights, tokens.num_sequences(reduction), len(stats)), weights
+
+
+def _logprob_grad(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
+    """The gradient of logits, (B, T, V) contiguous; grad_logps is (B, T), possibly expanded."""
+    return _grad(grad_logps, logits, *inputs, out=None)
+
+
+def _logprob_grad_(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
+    """Write the gradient of logits over logits."""
+    _grad(grad_logps, logits, *inputs, out=logits)
+    torch.autograd.graph.increment_version(logits)
+
+
+def _grad(
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    shift: bool,
+    softmax: Tensor,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-    stats: Sequence[str],
+    symbols: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if reduction == "none":
-        num_sequences = 0
-    else:
-        num_sequences = weights.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        weights.new_empty(num_sequences),
-        weights.new_empty(num_sequences),
-        torch.empty_like(weights),
-        torch.empty_like(target),
-        torch.empty_like(target),
-        torch.empty_like(target),
-        weights.new_empty((len(stats), *weights.shape)),
+    *,
+    out: Tensor | None,
+) -> Tensor:
+    return resolve_backend(backend, logits.device, logits.dtype).grad(
+        grad_logps,
+        logits,
+        Scored(labels, weights, shift),
+        softmax,
+        Columns.all_of(logits.shape[-1]),
+        scaling_of(temperature, logit_scale, softcap, symbols),
+        out,
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::grad", mutates_args=(), schema=_GRAD)
-def grad(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
-    """The gradient of logits, (B, T, V) contiguous; grad_logps is (B, T), possibly expanded."""
-    *stage_inputs, backend = inputs
-    stages = resolve_backend(backend, logits.device, logits.dtype)
-    return stages.grad(grad_logps, logits, *stage_inputs, out=None)
-
-
-@grad.register_fake
-def _(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::grad_", mutates_args=("logits",), schema=_GRAD_)
-def grad_(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
-    """Write the gradient of logits over logits."""
-    *stage_inputs, backend = inputs
-    stages = resolve_backend(backend, logits.device, logits.dtype)
-    stages.grad(grad_logps, logits, *stage_inputs, out=logits)
-
-
-@grad_.register_fake
-def _(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
-    return None
-
-
-def forbid_double_backward(operator: str) -> None:
-    """Have an operator that computes a gradient say so where it would be differentiated."""
-
-    def raise_error(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "double backward: the gradient that dpo_triton computes cannot be differentiated "
-            "again; for second derivatives use dpo_triton.reference, which is plain PyTorch"
-        )
-
-    torch.library.register_autograd(operator, raise_error)
-
-
-forbid_double_backward(f"{NAMESPACE}::grad")
+logprob = register(
+    f"logprob(Tensor logits, {TOKENS}, {SCALING}, str reduction, str[] stats, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _logprob,
+    _fake_logprob,
+)
+logprob_grad = register(
+    f"logprob_grad(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor",
+    _logprob_grad,
+    lambda grad_logps, logits, *inputs: torch.empty_like(
+        logits, memory_format=torch.contiguous_format
+    ),
+)
+logprob_grad_ = register(
+    f"logprob_grad_(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()",
+    _logprob_grad_,
+    lambda grad_logps, logits, *inputs: None,
+)

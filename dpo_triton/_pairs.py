@@ -10,6 +10,7 @@ from ._checks import TOKEN_STATS
 from .losses import (
     LOSSES,
     Layout,
+    LossName,
     SequenceLogps,
     check_mixture,
     ld_dpo_mask,
@@ -18,7 +19,7 @@ from .losses import (
     token_means,
     wpo_weights,
 )
-from .seq_logprob import Reduction
+from .seq_logprob import DistributionStat, Reduction, Stat
 
 if TYPE_CHECKING:
     from .losses import LossOptions
@@ -40,6 +41,8 @@ class DPOMetrics(NamedTuple):
 
 
 class DPOLossOutput(NamedTuple):
+    """What `fused_dpo_loss` and `fused_linear_dpo_loss` return."""
+
     loss: Tensor  # scalar, float32, or float64 for float64 inputs
     metrics: DPOMetrics
 
@@ -57,30 +60,42 @@ class Pairs(NamedTuple):
 
 # (mask, reduction, stats) -> values (2B,), stats: `fused_seq_logprob` or its linear form, with
 # inputs, labels and scaling bound.
-Scorer = Callable[[Tensor | None, Reduction, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
+Scorer = Callable[[Tensor | None, Reduction, Sequence[Stat]], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Reference(NamedTuple):
+    """The reference model: its log-probabilities, or what computes them."""
+
+    logps: Tensor | None  # (2B,)
+    reduction: Reduction | None  # of logps
+    score: Scorer | None
+    inputs: str  # the arguments that it is scored from, by name
+
+
+class Objective(NamedTuple):
+    """Which losses, and what they are told; see `fused_dpo_loss`."""
+
+    loss_type: LossName | Sequence[LossName]
+    loss_weights: Sequence[float] | None
+    beta: float
+    rpo_alpha: float | None
+    ld_alpha: float | None
+    use_weighting: bool
+    options: "LossOptions"
 
 
 def pair_loss(
     score_policy: Scorer,
-    score_reference: Scorer | None,
+    reference: Reference,
     pairs: Pairs,
-    *,
-    ref_logps: Tensor | None,
-    ref_reduction: Reduction | None,
-    ref_inputs: str,
-    loss_type: str | Sequence[str],
-    loss_weights: Sequence[float] | None,
-    beta: float,
-    rpo_alpha: float | None,
-    ld_alpha: float | None,
-    use_weighting: bool,
-    stats: Sequence[str],
-    loss_options: "LossOptions",
+    objective: Objective,
+    stats: Sequence[DistributionStat],
 ) -> DPOLossOutput:
-    """See `fused_dpo_loss`; ref_inputs names what the reference is scored from."""
-    losses = _by_name(loss_type, loss_weights)
-    check_mixture(losses, loss_options, is_weighted=use_weighting)
-    _check_reference(losses, ref_logps, ref_reduction, score_reference, ref_inputs)
+    """The loss of a batch of pairs, and what one logs of it; see `fused_dpo_loss`."""
+    beta, rpo_alpha, ld_alpha, use_weighting = objective[2:6]
+    losses = _by_name(objective.loss_type, objective.loss_weights)
+    check_mixture(losses, objective.options, is_weighted=use_weighting)
+    _check_reference(losses, reference)
     _check_stats(stats)
 
     layout, shift, cu_seqlens = pairs.layout, pairs.shift, pairs.cu_seqlens
@@ -93,13 +108,14 @@ def pair_loss(
     # Means alone need no conversion; a sum and its length give what any loss takes.
     takes_means = rpo_alpha is None and all(LOSSES[name].takes == "mean" for name in losses)
     reduction: Reduction = "mean" if takes_means else "sum"
-    wpo_stats = ("token_logps", "log_sum_sq_probs") if use_weighting else ()
-    wanted = dict.fromkeys(("lengths", *wpo_stats, *stats))
+    wpo_stats: tuple[Stat, ...] = ("token_logps", "log_sum_sq_probs") if use_weighting else ()
+    wanted: dict[Stat, None] = dict.fromkeys(("lengths", *wpo_stats, *stats))
     logps, of_policy = score_policy(mask, reduction, tuple(wanted))
     lengths = of_policy["lengths"]
-    if score_reference is not None:
+    ref_logps, ref_reduction = reference.logps, reference.reduction
+    if reference.score is not None:
         with torch.no_grad():
-            ref_logps, _ = score_reference(mask, reduction, ("lengths",))
+            ref_logps, _ = reference.score(mask, reduction, ("lengths",))
         ref_reduction = reduction
 
     chosen, rejected = _answers(logps, reduction, lengths, layout)
@@ -126,31 +142,37 @@ def pair_loss(
         beta=beta,
         rpo_alpha=rpo_alpha,
         pair_weights=pair_weights,
-        **loss_options,
+        **objective.options,
     )
 
     # In float64 the mean of equal losses is that loss, whatever their number.
     total = result.losses.sum(dtype=torch.float64)
     loss = (total / max(len(result.losses), 1)).to(result.losses.dtype)
-    margins = result.chosen_rewards - result.rejected_rewards
+    chosen_rewards, rejected_rewards = _own(result.chosen_rewards), _own(result.rejected_rewards)
+    margins = chosen_rewards - rejected_rewards
     means = {}
     for name in stats:
         of_answers = token_means(of_policy[name], weights, shift=shift, cu_seqlens=cu_seqlens)
         means[f"chosen_{name}"], means[f"rejected_{name}"] = split_pairs(of_answers, layout)
     chosen_lengths, rejected_lengths = split_pairs(lengths, layout)
     metrics = DPOMetrics(
-        losses=result.losses.detach(),
-        chosen_rewards=result.chosen_rewards,
-        rejected_rewards=result.rejected_rewards,
+        losses=_own(result.losses),
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
         margins=margins,
         accuracies=(margins > 0).to(margins.dtype),
-        chosen_logps=chosen.values.detach(),
-        rejected_logps=rejected.values.detach(),
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
+        chosen_logps=_own(chosen.values),
+        rejected_logps=_own(rejected.values),
+        chosen_lengths=_own(chosen_lengths),
+        rejected_lengths=_own(rejected_lengths),
         stats=means,
     )
     return DPOLossOutput(loss, metrics)
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy for those who log: what they do to it in place, the backward pass does not see."""
+    return x.detach().clone()
 
 
 def _answers(
@@ -196,14 +218,9 @@ def _scored_mask(pairs: Pairs) -> Tensor:
     return torch.where(is_label, mask, 0)
 
 
-def _check_reference(
-    losses: Mapping[str, float],
-    ref_logps: Tensor | None,
-    ref_reduction: Reduction | None,
-    score_reference: Scorer | None,
-    ref_inputs: str,
-) -> None:
+def _check_reference(losses: Mapping[str, float], reference: Reference) -> None:
     """One reference where a loss needs it, none where no loss does, and its reduction said."""
+    ref_logps, ref_reduction, score_reference, ref_inputs = reference
     needing = [name for name in losses if LOSSES[name].needs_reference]
     if needing and ref_logps is None and score_reference is None:
         free = ", ".join(name for name, loss in LOSSES.items() if not loss.needs_reference)

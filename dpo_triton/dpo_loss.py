@@ -1,20 +1,23 @@
 """Preference losses from logits, or from hidden states and a head, in one call."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._backends import BackendName
-from ._pairs import DPOLossOutput, DPOMetrics, Pairs, Scorer, pair_loss
+from ._pairs import (
+    DPOLossOutput,
+    DPOMetrics,
+    Objective,
+    Pairs,
+    Reference,
+    Scorer,
+    pair_loss,
+)
 from .linear import fused_linear_seq_logprob
-from .losses import Layout
-from .seq_logprob import Reduction, fused_seq_logprob
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .losses import LossOptions
+from .losses import Layout, LossName, LossOptions
+from .seq_logprob import DistributionStat, Reduction, fused_seq_logprob
 
 __all__ = ["DPOLossOutput", "DPOMetrics", "fused_dpo_loss", "fused_linear_dpo_loss"]
 
@@ -27,7 +30,7 @@ def fused_dpo_loss(
     ref_logps: Tensor | None = None,
     ref_reduction: Reduction | None = None,
     ref_logits: Tensor | None = None,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: LossName | Sequence[LossName] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float = 0.1,
     rpo_alpha: float | None = None,
@@ -40,10 +43,10 @@ def fused_dpo_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    stats: Sequence[str] = (),
+    stats: Sequence[DistributionStat] = (),
     inplace_backward: bool = False,
     backend: BackendName = "auto",
-    **loss_options: "Unpack[LossOptions]",
+    **loss_options: Unpack[LossOptions],
 ) -> DPOLossOutput:
     """Preference loss of a batch of pairs, from logits: the mean over its B pairs.
 
@@ -103,21 +106,13 @@ def fused_dpo_loss(
             backend=backend,
         )
 
+    score_reference = None if ref_logits is None else scorer(ref_logits, False)
     return pair_loss(
         scorer(policy_logits, inplace_backward),
-        None if ref_logits is None else scorer(ref_logits, False),
+        Reference(ref_logps, ref_reduction, score_reference, "ref_logits"),
         Pairs(labels, mask, layout, shift, cu_seqlens, ignore_index),
-        ref_logps=ref_logps,
-        ref_reduction=ref_reduction,
-        ref_inputs="ref_logits",
-        loss_type=loss_type,
-        loss_weights=loss_weights,
-        beta=beta,
-        rpo_alpha=rpo_alpha,
-        ld_alpha=ld_alpha,
-        use_weighting=use_weighting,
-        stats=stats,
-        loss_options=loss_options,
+        Objective(loss_type, loss_weights, beta, rpo_alpha, ld_alpha, use_weighting, loss_options),
+        stats,
     )
 
 
@@ -133,7 +128,7 @@ def fused_linear_dpo_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: LossName | Sequence[LossName] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float = 0.1,
     rpo_alpha: float | None = None,
@@ -146,10 +141,10 @@ def fused_linear_dpo_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    stats: Sequence[str] = (),
+    stats: Sequence[DistributionStat] = (),
     tile_bytes: int | None = None,
     backend: BackendName = "auto",
-    **loss_options: "Unpack[LossOptions]",
+    **loss_options: Unpack[LossOptions],
 ) -> DPOLossOutput:
     """`fused_dpo_loss` from hidden states and a head; logits never exist as a whole.
 
@@ -193,22 +188,13 @@ def fused_linear_dpo_loss(
             backend=backend,
         )
 
-    reference = None
+    score_reference = None
     if ref_hidden is not None and ref_weight is not None:
-        reference = scorer(ref_hidden, ref_weight, ref_bias)
+        score_reference = scorer(ref_hidden, ref_weight, ref_bias)
     return pair_loss(
         scorer(hidden, weight, bias),
-        reference,
+        Reference(ref_logps, ref_reduction, score_reference, "ref_hidden and ref_weight"),
         Pairs(labels, mask, layout, shift, cu_seqlens, ignore_index),
-        ref_logps=ref_logps,
-        ref_reduction=ref_reduction,
-        ref_inputs="ref_hidden and ref_weight",
-        loss_type=loss_type,
-        loss_weights=loss_weights,
-        beta=beta,
-        rpo_alpha=rpo_alpha,
-        ld_alpha=ld_alpha,
-        use_weighting=use_weighting,
-        stats=stats,
-        loss_options=loss_options,
+        Objective(loss_type, loss_weights, beta, rpo_alpha, ld_alpha, use_weighting, loss_options),
+        stats,
     )

@@ -3,25 +3,17 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
-import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import _checks, _head, parallel
-from ._autograd import LinearLogprob
-from ._backends import BackendName, resolve_backend
-from ._dtensor import local_head
-from ._weights import sum_dtype
-from .parallel import Peers, VocabShard
-from .seq_logprob import Reduction
+from ._autograd import Options, log_probabilities
+from ._backends import BackendName
+from ._head import Head
+from ._records import Scaling, Tokens, VocabShard
+from .seq_logprob import Reduction, SequenceOptions, Stat, TokenOptions, TokenStat
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-# Memory of the tiles where the caller names none. On a GPU a tile should be thousands of rows.
-TILE_BYTES = {"cpu": 56 * 2**20}
-TILE_BYTES_ELSEWHERE = 256 * 2**20
-# What a rank with few of the columns takes at least, beyond its share of that.
-LEAST_TILE_BYTES = 4 * 2**20
+    from typing_extensions import Unpack
 
 
 @overload
@@ -32,18 +24,9 @@ def fused_linear_seq_logprob(  # type: ignore[overload-overlap]
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    reduction: Reduction = "mean",
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     stats: tuple[()] = (),
     tile_bytes: int | None = None,
-    vocab_shard: VocabShard | None = None,
-    sequence_group: "ProcessGroup | None" = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[SequenceOptions]",
 ) -> Tensor: ...
 @overload
 def fused_linear_seq_logprob(
@@ -53,18 +36,9 @@ def fused_linear_seq_logprob(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    reduction: Reduction = "mean",
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    stats: Sequence[str],
+    stats: Sequence[Stat],
     tile_bytes: int | None = None,
-    vocab_shard: VocabShard | None = None,
-    sequence_group: "ProcessGroup | None" = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[SequenceOptions]",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_linear_seq_logprob(
     hidden: Tensor,
@@ -80,10 +54,10 @@ def fused_linear_seq_logprob(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    stats: Sequence[str] = (),
+    stats: Sequence[Stat] = (),
     tile_bytes: int | None = None,
     vocab_shard: VocabShard | None = None,
-    sequence_group: "ProcessGroup | None" = None,
+    sequence_group: ProcessGroup | None = None,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label sequence, in nats, without logits: only tiles of them exist.
@@ -141,33 +115,12 @@ def fused_linear_seq_logprob(
     Source: Wijmans et al. 2024, arXiv:2411.09009 (tiles of logits recomputed in the backward pass);
         of the values, see `fused_seq_logprob`.
     """
-    hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard = local_head(
-        hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard
+    scaling = Scaling(temperature, logit_scale, softcap)
+    return log_probabilities(
+        Head(hidden, weight, bias, tile_bytes),
+        Tokens(labels, mask, cu_seqlens, shift, ignore_index),
+        Options(reduction, scaling, stats, backend, vocab_shard, sequence_group),
     )
-    with parallel.peers(vocab_shard, sequence_group) as peers:
-        _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
-        values, lengths, logps, token_stats = parallel.uncompiled(_linear_logprob, peers)(
-            hidden,
-            weight,
-            labels,
-            mask,
-            bias=bias,
-            reduction=reduction,
-            shift=shift,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            stats=stats,
-            tile_bytes=tile_bytes,
-            backend=backend,
-            peers=peers,
-        )
-    if not stats:
-        return values
-    every = {"lengths": lengths, "token_logps": logps, **token_stats}
-    return values, {name: every[name] for name in stats}
 
 
 @overload
@@ -178,16 +131,9 @@ def fused_linear_token_logprob(  # type: ignore[overload-overlap]
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     stats: tuple[()] = (),
     tile_bytes: int | None = None,
-    vocab_shard: VocabShard | None = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[TokenOptions]",
 ) -> Tensor: ...
 @overload
 def fused_linear_token_logprob(
@@ -197,16 +143,9 @@ def fused_linear_token_logprob(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    stats: Sequence[str],
+    stats: Sequence[TokenStat],
     tile_bytes: int | None = None,
-    vocab_shard: VocabShard | None = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[TokenOptions]",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_linear_token_logprob(
     hidden: Tensor,
@@ -221,7 +160,7 @@ def fused_linear_token_logprob(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    stats: Sequence[str] = (),
+    stats: Sequence[TokenStat] = (),
     tile_bytes: int | None = None,
     vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
@@ -236,125 +175,9 @@ def fused_linear_token_logprob(
         first position of each sequence is 0. With stats, a pair of that and a dict from name to
         detached tensor.
     """
-    hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard = local_head(
-        hidden, weight, bias, labels, mask, cu_seqlens, vocab_shard
+    scaling = Scaling(temperature, logit_scale, softcap)
+    return log_probabilities(
+        Head(hidden, weight, bias, tile_bytes),
+        Tokens(labels, mask, cu_seqlens, shift, ignore_index),
+        Options(None, scaling, stats, backend, vocab_shard),
     )
-    with parallel.peers(vocab_shard, None) as peers:
-        _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
-        result, _, logps, token_stats = parallel.uncompiled(_linear_logprob, peers)(
-            hidden,
-            weight,
-            labels,
-            mask,
-            bias=bias,
-            reduction="none",
-            shift=shift,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            stats=stats,
-            tile_bytes=tile_bytes,
-            backend=backend,
-            peers=peers,
-        )
-    if not stats:
-        return result
-    every = {"token_logps": logps, **token_stats}
-    return result, {name: every[name] for name in stats}
-
-
-def _linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    *,
-    bias: Tensor | None,
-    reduction: str,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    stats: Sequence[str],
-    tile_bytes: int | None,
-    backend: str,
-    peers: Peers | None,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Check, dispatch, and name the stats. Packed tokens are a batch of one to the stages."""
-    _checks.check_hidden(hidden, weight, bias, cu_seqlens)
-    _checks.check_tokens(hidden, labels, mask, cu_seqlens, "hidden")
-    _checks.check_scaling(temperature, logit_scale, softcap)
-    _checks.check_tile_bytes(tile_bytes)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        _checks.check_product_dtypes(hidden, weight, bias)
-        dtype = hidden.dtype
-    if cu_seqlens is not None:
-        hidden, labels = hidden[None], labels[None]
-        mask = None if mask is None else mask[None]
-    if reduction == "none" and mask is not None:  # says only which tokens are scored
-        mask = mask != 0
-    stage_stats = [name for name in _checks.TOKEN_STATS if name in stats]
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
-    ]
-    share = 1.0
-    if peers is not None:
-        stages = resolve_backend(backend, hidden.device, dtype)
-        peers.agree(
-            labels,
-            mask,
-            cu_seqlens,
-            bool(shift),
-            ignore_index,
-            sum_dtype(dtype),
-            weight.shape[0],
-            _head.num_splits,
-            {
-                "hidden's dtype and size": [str(hidden.dtype), hidden.shape[-1]],
-                "dtype of products": str(dtype),
-                "reduction": reduction,
-                "temperature": float(temperature),
-                "logit_scale": float(logit_scale),
-                "softcap": softcap,
-                "stats": stage_stats,
-                "whether hidden requires a gradient": needs[0],
-                "backend": stages.name,
-            },
-        )
-        if peers.columns is not None:
-            share = peers.columns.width / peers.columns.vocab_size
-    if tile_bytes is None:
-        default = TILE_BYTES.get(device, TILE_BYTES_ELSEWHERE)
-        tile_bytes = max(int(default * share), LEAST_TILE_BYTES)
-    result, lengths, logps, token_stats = LinearLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        weight,
-        bias,
-        labels,
-        mask,
-        cu_seqlens,
-        reduction,
-        bool(shift),
-        ignore_index,
-        float(temperature),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        stage_stats,
-        dtype,
-        tile_bytes,
-        needs,
-        backend,
-        peers,
-    )
-    if cu_seqlens is not None:
-        logps, token_stats = logps[0], token_stats[:, 0]
-        result = result[0] if reduction == "none" else result
-    return result, lengths, logps, dict(zip(stage_stats, token_stats, strict=True))

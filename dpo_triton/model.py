@@ -1,15 +1,25 @@
 """Sequence log-probabilities of a causal language model, whose head never makes logits."""
 
 import contextlib
+import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._backends import BackendName
+from ._language_model import (
+    LogitScaling,
+    language_model,
+    logit_scaling,
+    num_virtual_tokens,
+    output_head,
+)
 from .linear import fused_linear_seq_logprob
-from .seq_logprob import Reduction
+from .seq_logprob import Reduction, Stat
 
 # What goes through the model's own treatment of logits, to see that it is the one we know of: from
 # where a softcap is a line to where it is flat.
@@ -24,6 +34,7 @@ def seq_logprob_from_model(
     mask: Tensor | None = None,
     *,
     reduction: Reduction = "mean",
+    cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
     stats: Sequence[str] = (),
@@ -41,44 +52,75 @@ def seq_logprob_from_model(
     Args:
         model: a causal language model with `get_output_embeddings()`, bare or under
             DistributedDataParallel, FSDP2 (`fully_shard`), DeepSpeed's ZeRO-3, PEFT or accelerate.
-        input_ids: (B, T) int64.
-        attention_mask: (B, T), handed to the model.
-        labels: (B, T) int64, not shifted, like input_ids, which they are by default.
-        mask: (B, T) weights of the labels, bool, integer or floating; by default attention_mask:
-            pass the answers' mask, as a prompt does not count.
-        reduction, ignore_index, temperature, stats, tile_bytes, backend: see
-            `fused_linear_seq_logprob`.
+            Virtual tokens (prompt tuning, p-tuning) are not scored.
+        input_ids: (B, T) int64, or (N,) with `cu_seqlens`.
+        attention_mask: (B, T), handed to the model. Where it begins with 0, positions are counted
+            from each sequence's first token and handed to a model that takes position_ids.
+        labels: shape of input_ids, int64, not shifted; input_ids by default.
+        mask: shape of input_ids, weights of the labels, bool, integer or floating; by default every
+            token whose predecessor is none of padding, by attention_mask: pass the answers' mask,
+            as a prompt does not count.
+        cu_seqlens: (S + 1,): packed sequences, without attention_mask. Positions that begin anew
+            tell the model of them; whether it keeps them apart is tried at its first call.
+        reduction, ignore_index, temperature, tile_bytes, backend: see `fused_linear_seq_logprob`.
+        stats: likewise, and "aux_loss", the load balancing loss of a mixture of experts, which
+            alone among them keeps its gradient.
         model_kwargs: more arguments for the model, such as `position_ids`.
 
     Returns:
-        (B,) float32, float64 for a float64 model; with stats, a pair of that and a dict from name
-        to detached tensor, per token aligned with labels.
+        (B,) or (S,) float32, float64 for a float64 model; with stats, a pair of that and a dict
+        from name to detached tensor, per token aligned with labels.
 
     Raises:
         TypeError: a model without a head, or with one that is no plain linear layer (an adapter
             on the head, a quantised one).
-        ValueError: a model that does something else to its logits.
+        ValueError: a model that does something else to its logits, or mixes packed sequences; an
+            argument that does not fit.
         RuntimeError: the model did not call its head.
     """
+    base = language_model(model)
     head = output_head(model)
     scaling = logit_scaling(model)
+    kwargs = dict(model_kwargs or {})
+    positions: Tensor | None
+    if cu_seqlens is not None:
+        _check_packed(input_ids, attention_mask, cu_seqlens)
+        _check_kept_apart(model, head, input_ids.device)
+        positions = _packed_positions(len(input_ids), cu_seqlens)
+    else:
+        positions = _positions(attention_mask)
+        if mask is None and attention_mask is not None and attention_mask.dim() == 2:
+            # What follows a row's padding has no token before it.
+            is_first = F.pad(attention_mask[:, :-1] == 0, (1, 0))
+            mask = attention_mask.masked_fill(is_first, 0)
+    if positions is not None and _takes_positions(base):
+        kwargs.setdefault("position_ids", positions)
+    if "aux_loss" in stats:
+        _check_has_aux_loss(base)
+        kwargs["output_router_logits"] = True
+    num_virtual = num_virtual_tokens(model)
     results: list[Any] = []
     head_outputs: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
+        if cu_seqlens is not None:
+            hidden = hidden[0]
+        elif hidden.shape[1] == input_ids.shape[1] + num_virtual:
+            hidden = hidden[:, num_virtual:]
         result = fused_linear_seq_logprob(
             hidden,
             head.weight,
             input_ids if labels is None else labels,
-            attention_mask if mask is None else mask,
+            mask,
             bias=head.bias,
             reduction=reduction,
             shift=True,
+            cu_seqlens=cu_seqlens,
             ignore_index=ignore_index,
             temperature=temperature,
             logit_scale=scaling.logit_scale,
             softcap=scaling.softcap,
-            stats=stats,
+            stats=cast("list[Stat]", [name for name in stats if name != "aux_loss"]),
             tile_bytes=tile_bytes,
             backend=backend,
         )
@@ -89,20 +131,23 @@ def seq_logprob_from_model(
 
     with _replaced_forward(head, forward, head_outputs):
         output = model(
-            input_ids=input_ids,
+            input_ids=input_ids if cu_seqlens is None else input_ids[None],
             attention_mask=attention_mask,
             use_cache=False,
             return_dict=True,
-            **(model_kwargs or {}),
+            **kwargs,
         )
     if not results:
         raise RuntimeError(
             f"{type(model).__name__} did not call its head, {type(head).__name__}: a compiled "
             "model may have kept its code; pass the model that was compiled, or compile the loss"
         )
-    _check_scaling(scaling, output.logits, model)
-    values, named = results[-1] if stats else (results[-1], {})
+    _check_scaling(scaling, output.logits, base)
+    result = results[-1]
+    values, named = result if isinstance(result, tuple) else (result, {})
     values = _Through.apply(values.detach(), head_outputs[-1], output.logits)  # type: ignore[no-untyped-call]
+    if "aux_loss" in stats:
+        named["aux_loss"] = output.aux_loss
     return (values, named) if stats else values
 
 
@@ -120,79 +165,8 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[None, Tensor, Tensor]:
         of_head, of_logits = ctx.saved_tensors
-        grad_head = torch.nn.functional.pad(grad_values.to(of_head.dtype), (len(PROBE), 0))
+        grad_head = F.pad(grad_values.to(of_head.dtype), (len(PROBE), 0))
         return None, grad_head.view(1, 1, -1), of_logits.new_zeros(ctx.shape)
-
-
-class LogitScaling(NamedTuple):
-    """What a model does to `hidden @ weight.T + bias`: cap(logit_scale * logits)."""
-
-    logit_scale: float
-    softcap: float | None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def logit_scaling(model: nn.Module) -> LogitScaling:
-    """Read it from a transformers configuration: Gemma's `final_logit_softcapping`, Cohere's
-    `logit_scale`, Granite's `logits_scaling` (a divisor), Falcon-H1's `lm_head_multiplier`.
-
-    MiniCPM and kin scale hidden states before the head, which needs nothing here.
-    """
-    config = language_model(model).config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        scale *= 1.0 if value is None else float(value)
-    divisor = getattr(config, "logits_scaling", None)
-    scale /= 1.0 if divisor is None else float(divisor)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return LogitScaling(scale, None if softcap is None else float(softcap))
-
-
-def output_head(model: nn.Module) -> nn.Linear:
-    """The linear layer that makes the model's logits.
-
-    Raises:
-        TypeError: there is none, or it computes something else than `hidden @ weight.T + bias`.
-    """
-    head: Any = language_model(model).get_output_embeddings()
-    if hasattr(head, "modules_to_save"):  # PEFT's, of a head that trains in full
-        active = head.active_adapter
-        active = active[0] if isinstance(active, list) else active
-        is_saved = active in head.modules_to_save and not head.disable_adapters
-        head = head.modules_to_save[active] if is_saved else head.original_module
-    if hasattr(head, "base_layer"):
-        raise TypeError(
-            f"the model's head carries an adapter ({type(head).__name__}), whose part of the "
-            "logits would be lost; leave the head out of target_modules, list it in "
-            "modules_to_save, or merge the adapter first"
-        )
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"the model's head must be a torch.nn.Linear, got {type(head).__name__}; "
-            "call fused_linear_seq_logprob with hidden states and a weight of your own"
-        )
-    if "forward" in vars(head):
-        raise TypeError(
-            "the forward method of the model's head has been replaced (offloading hooks, or a "
-            "patch for another loss), and would be passed over; remove that first"
-        )
-    return head
-
-
-def language_model(model: nn.Module) -> Any:
-    """The module under the wrappers that knows its head."""
-    for module in model.modules():
-        if callable(getattr(module, "get_output_embeddings", None)):
-            return module
-    raise TypeError(
-        f"model must be a causal language model with get_output_embeddings(), got "
-        f"{type(model).__name__}; call fused_linear_seq_logprob with its hidden states and head"
-    )
 
 
 @contextlib.contextmanager
@@ -208,15 +182,98 @@ def _replaced_forward(head: nn.Linear, forward: Any, outputs: list[Tensor]) -> I
         hook.remove()
 
 
-def _check_scaling(scaling: LogitScaling, logits: Tensor, model: nn.Module) -> None:
+def _check_scaling(scaling: LogitScaling, logits: Tensor, base: nn.Module) -> None:
     """Compare what became of the probe with what was computed. Waits for a GPU."""
     got = logits.detach().flatten()[: len(PROBE)].double().cpu()
     expected = scaling(torch.tensor(PROBE, dtype=torch.float64))
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-4, atol=1e-6):
         raise ValueError(
-            f"{type(language_model(model)).__name__} treats its logits in a way that its "
+            f"{type(base).__name__} treats its logits in a way that its "
             f"configuration does not say: {[round(x, 4) for x in PROBE]} became "
             f"{[round(x, 4) for x in got.tolist()]}, expected a logit_scale of "
             f"{scaling.logit_scale} and a softcap of {scaling.softcap}; call "
             "fused_linear_seq_logprob with hidden states, logit_scale and softcap of your own"
+        )
+
+
+def _positions(attention_mask: Tensor | None) -> Tensor | None:
+    """(B, T) positions counted from each sequence's first token; None where no padding is before
+    one, and the model's own are these. Waits for a GPU."""
+    if attention_mask is None or attention_mask.dim() != 2 or bool(attention_mask[:, :1].all()):
+        return None
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _packed_positions(num_tokens: int, cu_seqlens: Tensor) -> Tensor:
+    """(1, N) positions that begin anew with each sequence, and with what comes after the last."""
+    at = torch.arange(num_tokens, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    return (at - starts[torch.searchsorted(starts, at, right=True) - 1])[None]
+
+
+def _takes_positions(base: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask must be None with cu_seqlens, got both; packed tokens have no padding"
+        )
+    if input_ids.dim() != 1:
+        raise ValueError(
+            f"input_ids must have shape (N,) with cu_seqlens, got {tuple(input_ids.shape)}; pass "
+            "input_ids[0] of a packed batch, without cu_seqlens pass (B, T)"
+        )
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}; it holds 0, then "
+            "the end of each sequence"
+        )
+
+
+# How the attention of a model was computed when it was last seen to keep sequences apart.
+_kept_apart: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def _check_kept_apart(model: nn.Module, head: nn.Linear, device: torch.device) -> None:
+    """Run two packed sequences twice, with another first one, and see that the second one's hidden
+    states stay: recurrent layers, and attention whose mask does not heed positions, mix them."""
+    base = language_model(model)
+    attention = getattr(base.config, "_attn_implementation", None)
+    if _takes_positions(base) and _kept_apart.get(base, ()) == attention:
+        return
+    hidden_states: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        hidden_states.append(hidden[0])
+        return hidden.new_zeros(1, 1, 1)
+
+    cuda = [device] if device.type == "cuda" else []
+    position_ids = torch.arange(4, device=device).repeat(1, 2)
+    with torch.no_grad(), torch.random.fork_rng(cuda), _replaced_forward(head, forward, []):
+        for token in range(2 if _takes_positions(base) else 0):
+            torch.manual_seed(0)  # the same dropout
+            input_ids = torch.tensor([[token] * 4 + [0, 1, 0, 1]], device=device)
+            model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    if hidden_states:
+        first, second = (hidden[4:].float() for hidden in hidden_states)
+        tolerance = 8 * torch.finfo(hidden_states[0].dtype).eps * float(first.abs().max())
+        if float((first - second).abs().max()) <= tolerance:
+            _kept_apart[base] = attention
+            return
+    raise ValueError(
+        f"{type(base).__name__} must keep packed sequences apart by position_ids, and "
+        + ("lets a sequence see the one before it" if hidden_states else "does not take them")
+        + "; pad them to (B, T) with an attention_mask"
+    )
+
+
+def _check_has_aux_loss(base: Any) -> None:
+    config = base.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(config, "output_router_logits"):
+        raise ValueError(
+            f'stats may have "aux_loss" for a mixture of experts, got it for '
+            f"{type(base).__name__}, whose configuration has no output_router_logits; leave it out"
         )

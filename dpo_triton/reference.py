@@ -181,6 +181,8 @@ def _weights(
     if mask is not None:
         weights = mask.to(dtype).clone()
     weights[labels == ignore_index] = 0.0
+    if cu_seqlens is not None:
+        weights[int(cu_seqlens[-1]) :] = 0.0  # padding after the last sequence
     if shift and cu_seqlens is None:
         weights[:, :1] = 0.0
     elif shift and cu_seqlens is not None:

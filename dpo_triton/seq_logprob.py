@@ -1,21 +1,40 @@
 """Log-probabilities of label sequences, and of their tokens, from logits."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import _checks, parallel
-from ._autograd import Logprob
-from ._backends import BackendName, resolve_backend
-from ._dtensor import local_logits
-from ._weights import sum_dtype
-from .parallel import Peers, VocabShard
+from ._autograd import Logits, Options, log_probabilities
+from ._backends import BackendName
+from ._records import Scaling, Tokens, VocabShard
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 Reduction = Literal["mean", "sum"]
+DistributionStat = Literal["entropy", "mean_logit", "top1", "log_sum_sq_probs"]
+TokenStat = Literal["token_logps", DistributionStat]
+Stat = Literal["lengths", TokenStat]
+
+
+class TokenOptions(TypedDict, total=False):
+    """What every function takes, for the overloads; the functions' docstrings describe it."""
+
+    shift: bool
+    cu_seqlens: Tensor | None
+    ignore_index: int
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    vocab_shard: VocabShard | None
+    backend: BackendName
+
+
+class SequenceOptions(TokenOptions, total=False):
+    reduction: Reduction
+    sequence_group: ProcessGroup | None
 
 
 @overload
@@ -24,18 +43,9 @@ def fused_seq_logprob(  # type: ignore[overload-overlap]
     labels: Tensor,
     mask: Tensor | None = None,
     *,
-    reduction: Reduction = "mean",
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     stats: tuple[()] = (),
     inplace_backward: bool = False,
-    vocab_shard: VocabShard | None = None,
-    sequence_group: "ProcessGroup | None" = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[SequenceOptions]",
 ) -> Tensor: ...
 @overload
 def fused_seq_logprob(
@@ -43,18 +53,9 @@ def fused_seq_logprob(
     labels: Tensor,
     mask: Tensor | None = None,
     *,
-    reduction: Reduction = "mean",
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    stats: Sequence[str],
+    stats: Sequence[Stat],
     inplace_backward: bool = False,
-    vocab_shard: VocabShard | None = None,
-    sequence_group: "ProcessGroup | None" = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[SequenceOptions]",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_seq_logprob(
     logits: Tensor,
@@ -68,10 +69,10 @@ def fused_seq_logprob(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    stats: Sequence[str] = (),
+    stats: Sequence[Stat] = (),
     inplace_backward: bool = False,
     vocab_shard: VocabShard | None = None,
-    sequence_group: "ProcessGroup | None" = None,
+    sequence_group: ProcessGroup | None = None,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each label sequence, in nats: one pass over the logits, one back.
@@ -92,18 +93,22 @@ def fused_seq_logprob(
         shift: score `labels[:, 1:]` by `logits[:, :-1]`, the mask taken at the label, with nothing
             sliced or copied. The gradient covers all of logits, zero at a sequence's last position.
         cu_seqlens: (S + 1,) int32 or int64: running sum of the lengths of packed sequences, from 0
-            to N.
+            to at most N. Tokens beyond its last entry are padding: not scored, with a gradient of
+            0. An entry that is out of order or beyond N is an error of the PyTorch backend; Triton
+            reads nothing outside of the tensors, gives values that mean nothing, and raises only
+            with DPO_TRITON_DEBUG=1.
         ignore_index: the label of tokens that do not count.
-        temperature: divides the logits; positive.
-        logit_scale: multiplies them first (Cohere, Granite); positive.
-        softcap: bound of the logits (Gemma), or None; positive.
+        temperature: divides the logits; from 1e-15 to 1e15, like the next two.
+        logit_scale: multiplies them first (Cohere, Granite).
+        softcap: bound of the logits (Gemma), or None.
         stats: names out of "lengths" (sums of weights, per sequence) and, per token and 0 where
             not scored, "token_logps" (nats, not weighted), "entropy" (nats), "mean_logit" (over
             the vocabulary, after scaling), "top1" (1 where the label is the argmax) and
             "log_sum_sq_probs" (log of sum_v p_v ** 2).
         inplace_backward: the backward pass writes the gradient over logits and so saves its
             memory. A second backward pass, or that of another function that saved the logits,
-            then raises a RuntimeError.
+            then raises a RuntimeError; so does this function under saved-tensor hooks
+            (non-reentrant checkpointing), where nobody could tell.
         vocab_shard: which columns of the vocabulary logits are, on this rank: see `VocabShard`,
             also for what is sent. All else is given alike to every rank, and every rank gets the
             same bits. Logits as a DTensor that is sharded in its last dimension over a mesh of one
@@ -139,31 +144,12 @@ def fused_seq_logprob(
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (the sum); the mean is what MiniMind and
         Tulu 3 (arXiv:2411.15124, length-normalised DPO) train with.
     """
-    logits, labels, mask, cu_seqlens, vocab_shard = local_logits(
-        logits, labels, mask, cu_seqlens, vocab_shard
+    scaling = Scaling(temperature, logit_scale, softcap)
+    return log_probabilities(
+        Logits(logits, inplace_backward),
+        Tokens(labels, mask, cu_seqlens, shift, ignore_index),
+        Options(reduction, scaling, stats, backend, vocab_shard, sequence_group),
     )
-    with parallel.peers(vocab_shard, sequence_group) as peers:
-        _checks.check_choices(reduction, stats, _checks.SEQUENCE_STATS, ignore_index, backend)
-        values, lengths, logps, token_stats = parallel.uncompiled(_logprob, peers)(
-            logits,
-            labels,
-            mask,
-            reduction=reduction,
-            shift=shift,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            stats=stats,
-            inplace_backward=inplace_backward,
-            backend=backend,
-            peers=peers,
-        )
-    if not stats:
-        return values
-    every = {"lengths": lengths, "token_logps": logps, **token_stats}
-    return values, {name: every[name] for name in stats}
 
 
 @overload
@@ -172,16 +158,9 @@ def fused_token_logprob(  # type: ignore[overload-overlap]
     labels: Tensor,
     mask: Tensor | None = None,
     *,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     stats: tuple[()] = (),
     inplace_backward: bool = False,
-    vocab_shard: VocabShard | None = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[TokenOptions]",
 ) -> Tensor: ...
 @overload
 def fused_token_logprob(
@@ -189,16 +168,9 @@ def fused_token_logprob(
     labels: Tensor,
     mask: Tensor | None = None,
     *,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    stats: Sequence[str],
+    stats: Sequence[TokenStat],
     inplace_backward: bool = False,
-    vocab_shard: VocabShard | None = None,
-    backend: BackendName = "auto",
+    **options: "Unpack[TokenOptions]",
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 def fused_token_logprob(
     logits: Tensor,
@@ -211,7 +183,7 @@ def fused_token_logprob(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    stats: Sequence[str] = (),
+    stats: Sequence[TokenStat] = (),
     inplace_backward: bool = False,
     vocab_shard: VocabShard | None = None,
     backend: BackendName = "auto",
@@ -226,98 +198,9 @@ def fused_token_logprob(
         first position of each sequence is 0. With stats, a pair of that and a dict from name to
         detached tensor.
     """
-    logits, labels, mask, cu_seqlens, vocab_shard = local_logits(
-        logits, labels, mask, cu_seqlens, vocab_shard
+    scaling = Scaling(temperature, logit_scale, softcap)
+    return log_probabilities(
+        Logits(logits, inplace_backward),
+        Tokens(labels, mask, cu_seqlens, shift, ignore_index),
+        Options(None, scaling, stats, backend, vocab_shard),
     )
-    with parallel.peers(vocab_shard, None) as peers:
-        _checks.check_choices(None, stats, _checks.SEQUENCE_STATS[1:], ignore_index, backend)
-        result, _, logps, token_stats = parallel.uncompiled(_logprob, peers)(
-            logits,
-            labels,
-            mask,
-            reduction="none",
-            shift=shift,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            stats=stats,
-            inplace_backward=inplace_backward,
-            backend=backend,
-            peers=peers,
-        )
-    if not stats:
-        return result
-    every = {"token_logps": logps, **token_stats}
-    return result, {name: every[name] for name in stats}
-
-
-def _logprob(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    *,
-    reduction: str,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    stats: Sequence[str],
-    inplace_backward: bool,
-    backend: str,
-    peers: Peers | None,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Check, dispatch, and name the stats. Packed tokens are a batch of one to the stages."""
-    _checks.check_logits(logits, cu_seqlens, inplace_backward)
-    _checks.check_tokens(logits, labels, mask, cu_seqlens)
-    _checks.check_scaling(temperature, logit_scale, softcap)
-    if cu_seqlens is not None:
-        logits, labels = logits[None], labels[None]
-        mask = None if mask is None else mask[None]
-    if reduction == "none" and mask is not None:  # says only which tokens are scored
-        mask = mask != 0
-    stage_stats = [name for name in _checks.TOKEN_STATS if name in stats]
-    if peers is not None:
-        stages = resolve_backend(backend, logits.device, logits.dtype)
-        peers.agree(
-            labels,
-            mask,
-            cu_seqlens,
-            bool(shift),
-            ignore_index,
-            sum_dtype(logits.dtype),
-            logits.shape[-1],
-            stages.num_splits,
-            {
-                "dtype of logits": str(logits.dtype),
-                "reduction": reduction,
-                "temperature": float(temperature),
-                "logit_scale": float(logit_scale),
-                "softcap": softcap,
-                "stats": stage_stats,
-                "backend": stages.name,
-            },
-        )
-    result, lengths, logps, token_stats = Logprob.apply(  # type: ignore[no-untyped-call]
-        logits,
-        labels,
-        mask,
-        cu_seqlens,
-        reduction,
-        bool(shift),
-        ignore_index,
-        float(temperature),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        stage_stats,
-        inplace_backward,
-        backend,
-        peers,
-    )
-    if cu_seqlens is not None:
-        logps, token_stats = logps[0], token_stats[:, 0]
-        result = result[0] if reduction == "none" else result
-    return result, lengths, logps, dict(zip(stage_stats, token_stats, strict=True))

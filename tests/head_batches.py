@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dpo_triton import reference
 
+TILE_V = 4096  # columns of a tile here, whatever the backend: see conftest
+
 
 class HeadBatch(NamedTuple):
     hidden: Tensor  # (B, T, H) or (N, H)

@@ -6,16 +6,19 @@ returns the test compares, in its own process. `run` runs many, as starting proc
 
 import datetime
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from parallel_ways import Sent
 from torch import Tensor
 
 import dpo_triton
-from dpo_triton import VocabShard, _head
+from benchmarks.common.measure import map_buffers, peak_mib
+from benchmarks.parallel.ways import Sent
+from dpo_triton import VocabShard
+from dpo_triton._head import backward, forward
 
 
 class Case(NamedTuple):
@@ -24,12 +27,24 @@ class Case(NamedTuple):
 
 
 def run(cases: dict[str, Case], seed: int) -> dict[str, Any]:
-    """The cases' results on this rank."""
+    """The cases' results on this rank. One that raises does not take the others with it."""
     results = {}
     for name, (function, options) in cases.items():
         torch.manual_seed(seed)
-        results[name] = function(**options)
+        try:
+            results[name] = function(**options)
+        except Exception:
+            results[name] = dict(raised=traceback.format_exc())
     return results
+
+
+def of_ranks(results: list[dict[str, Any]], name: str) -> list[Any]:
+    """What a case returned on each rank; what it raised is raised here."""
+    found = [of_rank[name] for of_rank in results]
+    for rank, result in enumerate(found):
+        if isinstance(result, dict) and "raised" in result:
+            raise AssertionError(f"rank {rank}: {result['raised']}")
+    return found
 
 
 class Inputs(NamedTuple):
@@ -38,10 +53,17 @@ class Inputs(NamedTuple):
     mask: Tensor  # float weights, with holes
 
 
-def inputs(batch: int, seq_len: int, vocab_size: int, dtype: torch.dtype) -> Inputs:
-    """The second sequence has no scored token."""
+def inputs(
+    batch: int,
+    seq_len: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """The second sequence has no scored token. Drawn on the CPU: the same on every device."""
     logits = (torch.randn(batch, seq_len, vocab_size) * 3).to(dtype)
-    return Inputs(logits, *_tokens(batch, seq_len, vocab_size))
+    tensors = logits, *_tokens(batch, seq_len, vocab_size)
+    return Inputs(*(x.to(device) for x in tensors))
 
 
 class Head(NamedTuple):
@@ -52,11 +74,19 @@ class Head(NamedTuple):
     mask: Tensor
 
 
-def head(batch: int, seq_len: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> Head:
+def head(
+    batch: int,
+    seq_len: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Head:
     hidden = torch.randn(batch, seq_len, hidden_size).to(dtype)
     weight = (torch.randn(vocab_size, hidden_size) * 3 / hidden_size**0.5).to(dtype)
     bias = torch.randn(vocab_size).to(dtype)
-    return Head(hidden, weight, bias, *_tokens(batch, seq_len, vocab_size))
+    tensors = hidden, weight, bias, *_tokens(batch, seq_len, vocab_size)
+    return Head(*(x.to(device) for x in tensors))
 
 
 def _tokens(batch: int, seq_len: int, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +98,8 @@ def _tokens(batch: int, seq_len: int, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 def upstream_of(value: Tensor) -> Tensor:
     """Another gradient for each value."""
-    return torch.arange(1, value.numel() + 1, dtype=value.dtype).view_as(value) / 4
+    numbers = torch.arange(1, value.numel() + 1, dtype=value.dtype, device=value.device)
+    return numbers.view_as(value) / 4
 
 
 def shard_of(bounds: list[int], order: list[int] | None = None) -> VocabShard:
@@ -87,6 +118,7 @@ def padded(columns: Tensor, width: int, dim: int) -> Tensor:
 def logits_case(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
+    device: torch.device,
     bounds: list[int],
     order: list[int] | None = None,
     padding: int = 0,
@@ -96,14 +128,14 @@ def logits_case(
     is_packed: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    logits, labels, mask = inputs(*shape, dtype)
+    logits, labels, mask = inputs(*shape, dtype, device)
     if targets_below is not None:
         labels %= targets_below
     if is_rounded:  # so that maxima are tied
         logits = logits.round()
     if is_packed:
         batch, seq_len = labels.shape
-        options["cu_seqlens"] = torch.arange(batch + 1) * seq_len
+        options["cu_seqlens"] = torch.arange(batch + 1, device=device) * seq_len
         logits, labels, mask = logits.flatten(0, 1), labels.flatten(), mask.flatten()
     shard = shard_of(bounds, order)
     own = padded(logits[..., shard.start : shard.stop], padding, -1).requires_grad_()
@@ -124,6 +156,7 @@ def logits_case(
 def head_case(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
+    device: torch.device,
     bounds: list[int],
     is_trained: bool,
     order: list[int] | None = None,
@@ -131,13 +164,13 @@ def head_case(
     under_autocast: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    hidden, weight, bias, labels, mask = head(*shape, dtype)
+    hidden, weight, bias, labels, mask = head(*shape, dtype, device)
     shard = shard_of(bounds, order)
     rows = slice(shard.start, shard.stop)
     hidden.requires_grad_()
     weight = padded(weight[rows], padding, 0).requires_grad_(is_trained)
     bias = padded(bias[rows], padding, 0).requires_grad_(is_trained)
-    with Sent() as sent, torch.autocast("cpu", enabled=under_autocast):
+    with Sent() as sent, torch.autocast(device.type, torch.bfloat16, enabled=under_autocast):
         value = dpo_triton.fused_linear_seq_logprob(
             hidden, weight, labels, mask, bias=bias, vocab_shard=shard, **options
         )
@@ -165,7 +198,7 @@ def failing(function: Callable[[], object]) -> dict[str, Any] | None:
     return None
 
 
-def splits_case(stats: tuple[str, ...]) -> dict[str, Any]:
+def splits_case(device: torch.device, stats: tuple[str, ...]) -> dict[str, Any]:
     """Shards that end where Triton's splits do, beside the whole, which rank 0 computes."""
     bounds = [
         0,
@@ -174,7 +207,7 @@ def splits_case(stats: tuple[str, ...]) -> dict[str, Any]:
         3 * 16384,
         3 * 16384 + 48,
     ]  # a multiple of 16: aligned as they are
-    logits, labels, mask = inputs(2, 3, bounds[-1], torch.bfloat16)
+    logits, labels, mask = inputs(2, 3, bounds[-1], torch.bfloat16, device)
     options = dict(stats=stats, backend="triton")
     shard = shard_of(bounds)
     own = logits[..., shard.start : shard.stop].clone().requires_grad_()
@@ -191,10 +224,10 @@ def splits_case(stats: tuple[str, ...]) -> dict[str, Any]:
     return results
 
 
-def mismatch_case(kind: str, wrong_rank: int) -> dict[str, Any] | None:
+def mismatch_case(device: torch.device, kind: str, wrong_rank: int) -> dict[str, Any] | None:
     """Rank wrong_rank passes something else, in shards of 8 columns."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    logits, labels, mask = inputs(3, 4, 8 * size, torch.float32)
+    logits, labels, mask = inputs(3, 4, 8 * size, torch.float32, device)
     mask[0, 0] = 1.0
     logits = logits[..., rank * 8 : (rank + 1) * 8]
     start, stop = rank * 8, (rank + 1) * 8
@@ -229,31 +262,31 @@ def mismatch_case(kind: str, wrong_rank: int) -> dict[str, Any] | None:
     )
 
 
-def out_of_vocabulary_case() -> dict[str, Any] | None:
+def out_of_vocabulary_case(device: torch.device) -> dict[str, Any] | None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    logits, labels, mask = inputs(3, 4, 8 * size, torch.float32)
+    logits, labels, mask = inputs(3, 4, 8 * size, torch.float32, device)
     labels[0, 1], mask[0, 1] = 8 * size, 1.0
     shard = VocabShard(rank * 8, rank * 8 + 8)
     own = logits[..., shard.start : shard.stop]
     return failing(lambda: dpo_triton.fused_seq_logprob(own, labels, mask, vocab_shard=shard))
 
 
-def failing_stage_case(stage: str, wrong_rank: int) -> dict[str, Any] | None:
+def failing_stage_case(device: torch.device, stage: str, wrong_rank: int) -> dict[str, Any] | None:
     """A rank runs out of memory in the middle of a pass over a head."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    hidden, weight, _, labels, mask = head(3, 4, 8, 5 * size, torch.float32)
+    hidden, weight, _, labels, mask = head(3, 4, 8, 5 * size, torch.float32, device)
     mask[0] = 1.0
     shard = VocabShard(5 * rank, 5 * rank + 5)
     own = weight[shard.start : shard.stop].requires_grad_()
     hidden.requires_grad_()
-    original = _head.partials.fill_
+    original = forward.fill_
 
     def out_of_memory(*args: Any) -> None:
         raise MemoryError("no room for a tile")
 
     def step() -> None:
         if stage == "forward" and rank == wrong_rank:
-            _head.partials.fill_ = out_of_memory
+            forward.fill_ = out_of_memory
         value = dpo_triton.fused_linear_seq_logprob(
             hidden,
             own,
@@ -263,20 +296,22 @@ def failing_stage_case(stage: str, wrong_rank: int) -> dict[str, Any] | None:
             tile_bytes=4,  # no tile is kept
         )
         if stage == "backward" and rank == wrong_rank:
-            _head.grad.fill_ = out_of_memory
+            backward.fill_ = out_of_memory
         value.sum().backward()
 
     try:
         return failing(step)
     finally:
-        _head.partials.fill_ = _head.grad.fill_ = original
+        forward.fill_ = backward.fill_ = original
 
 
-def missing_rank_case(wrong_rank: int, timeout_s: float) -> dict[str, Any] | None:
+def missing_rank_case(
+    device: torch.device, wrong_rank: int, timeout_s: float
+) -> dict[str, Any] | None:
     """A rank never calls, having failed elsewhere: the group's own timeout ends that."""
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(timeout=datetime.timedelta(seconds=timeout_s))
-    logits, labels, mask = inputs(3, 4, 8 * size, torch.float32)
+    logits, labels, mask = inputs(3, 4, 8 * size, torch.float32, device)
     shard = VocabShard(rank * 8, rank * 8 + 8, group)
     own = logits[..., shard.start : shard.stop]
     if rank == wrong_rank:
@@ -284,9 +319,11 @@ def missing_rank_case(wrong_rank: int, timeout_s: float) -> dict[str, Any] | Non
     return failing(lambda: dpo_triton.fused_seq_logprob(own, labels, mask, vocab_shard=shard))
 
 
-def create_graph_case() -> dict[str, Any] | None:
+def create_graph_case(device: torch.device) -> dict[str, Any] | None:
     shard = shard_of([8 * r for r in range(dist.get_world_size() + 1)])
-    hidden, weight, _, labels, mask = head(3, 4, 8, 8 * dist.get_world_size(), torch.float32)
+    hidden, weight, _, labels, mask = head(
+        3, 4, 8, 8 * dist.get_world_size(), torch.float32, device
+    )
     own = weight[shard.start : shard.stop]
     value = dpo_triton.fused_linear_seq_logprob(
         hidden.requires_grad_(), own, labels, mask, vocab_shard=shard
@@ -294,10 +331,10 @@ def create_graph_case() -> dict[str, Any] | None:
     return failing(lambda: torch.autograd.grad(value.sum(), hidden, create_graph=True))
 
 
-def peak_case(shape: tuple[int, int, int, int], kind: str, is_sharded: bool) -> float | None:
+def peak_case(
+    device: torch.device, shape: tuple[int, int, int, int], kind: str, is_sharded: bool
+) -> float | None:
     """MiB above the inputs in a forward and a backward pass, on bfloat16."""
-    from measure import map_buffers, peak_mib
-
     if not is_sharded and dist.get_rank() > 0:
         return 0.0
     batch, seq_len, hidden_size, vocab_size = shape
@@ -307,13 +344,13 @@ def peak_case(shape: tuple[int, int, int, int], kind: str, is_sharded: bool) -> 
     shard = VocabShard(start, stop) if is_sharded else None
     map_buffers()
     if kind == "logits":
-        logits, labels, mask = inputs(batch, seq_len, vocab_size, torch.bfloat16)
+        logits, labels, mask = inputs(batch, seq_len, vocab_size, torch.bfloat16, device)
         leaf = logits[..., start:stop].clone().requires_grad_()
         scored: Any = (leaf,)
         function: Any = dpo_triton.fused_seq_logprob
     else:
         leaf, weight, _, labels, mask = head(
-            batch, seq_len, hidden_size, vocab_size, torch.bfloat16
+            batch, seq_len, hidden_size, vocab_size, torch.bfloat16, device
         )
         leaf.requires_grad_()
         scored = leaf, weight[start:stop].clone().requires_grad_(kind == "trained")
@@ -324,4 +361,4 @@ def peak_case(shape: tuple[int, int, int, int], kind: str, is_sharded: bool) -> 
         return torch.autograd.grad(value.sum(), [x for x in scored if x.requires_grad])
 
     forward_and_backward()  # warm, as the stages' own buffer stays
-    return peak_mib(forward_and_backward, torch.device("cpu"))
+    return peak_mib(forward_and_backward, device)

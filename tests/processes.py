@@ -15,20 +15,28 @@ TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Return [function(*args) in rank 0, in rank 1, ...]; an exception in one is raised here.
+    """Return [function(*args) in rank 0, in rank 1, ...], its tensors on the CPU; an exception in
+    one is raised here.
 
-    function is importable (a module's own), and may use torch.distributed at once.
+    function is importable (a module's own), and may use torch.distributed at once. Ranks share the
+    GPUs that there are: over gloo several may have one.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run, (function, world_size, folder, args), nprocs=world_size)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", map_location="cpu")
+            for rank in range(world_size)
+        ]
 
 
 def _run(
     rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    gpu = rank % max(1, torch.cuda.device_count())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(gpu))
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",

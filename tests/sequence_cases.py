@@ -21,15 +21,16 @@ def part_of(x: Tensor, bounds: list[int], number: int) -> Tensor:
 def sequence_case(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
+    device: torch.device,
     bounds: list[int],
     is_packed: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """The tokens between the bounds are this rank's; the others' have no scored token, if so."""
     rank = dist.get_rank()
-    logits, labels, mask = (part_of(x, bounds, rank) for x in inputs(*shape, dtype))
+    logits, labels, mask = (part_of(x, bounds, rank) for x in inputs(*shape, dtype, device))
     if is_packed:
-        options["cu_seqlens"] = torch.arange(shape[0] + 1) * labels.shape[1]
+        options["cu_seqlens"] = torch.arange(shape[0] + 1, device=device) * labels.shape[1]
         logits, labels, mask = logits.flatten(0, 1), labels.flatten(), mask.flatten()
     leaf = logits.clone().requires_grad_()
     value, stats = dpo_triton.fused_seq_logprob(
@@ -45,10 +46,14 @@ def sequence_case(
 
 
 def sequence_head_case(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, bounds: list[int], is_trained: bool
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    bounds: list[int],
+    is_trained: bool,
 ) -> dict[str, Any]:
     rank = dist.get_rank()
-    hidden, weight, bias, labels, mask = head(*shape, dtype)
+    hidden, weight, bias, labels, mask = head(*shape, dtype, device)
     leaf = part_of(hidden, bounds, rank).clone().requires_grad_()
     weight.requires_grad_(is_trained)
     value = dpo_triton.fused_linear_seq_logprob(
@@ -65,12 +70,15 @@ def sequence_head_case(
 
 
 def both_case(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, failing_rank: int | None = None
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    failing_rank: int | None = None,
 ) -> Any:
     """Two shards of the vocabulary by two of the sequences."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sequence", "vocab"))
+    mesh = init_device_mesh(device.type, (2, 2), mesh_dim_names=("sequence", "vocab"))
     place, number = mesh.get_local_rank("sequence"), mesh.get_local_rank("vocab")
-    hidden, weight, bias, labels, mask = head(*shape, dtype)
+    hidden, weight, bias, labels, mask = head(*shape, dtype, device)
     bounds = [0, 2, shape[1]]
     half = weight.shape[0] // 3
     start, stop = [(0, half), (half, weight.shape[0])][number]
@@ -97,8 +105,8 @@ def both_case(
     return dict(value=value.detach(), grad=grad, place=place)
 
 
-def sequence_error_case(kind: str, wrong_rank: int) -> Any:
-    logits, labels, mask = inputs(3, 4, 8, torch.float32)
+def sequence_error_case(device: torch.device, kind: str, wrong_rank: int) -> Any:
+    logits, labels, mask = inputs(3, 4, 8, torch.float32, device)
     options: dict[str, Any] = {}
     is_wrong = dist.get_rank() == wrong_rank
     if kind == "shift":
@@ -120,10 +128,13 @@ def sequence_error_case(kind: str, wrong_rank: int) -> Any:
 
 
 def dtensor_logits_case(
-    shape: tuple[int, int, int], dtype: torch.dtype, are_labels_dtensors: bool
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    are_labels_dtensors: bool,
 ) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    logits, labels, mask = inputs(*shape, dtype)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    logits, labels, mask = inputs(*shape, dtype, device)
     leaf = distribute_tensor(logits, mesh, [Shard(-1)]).requires_grad_()
     if are_labels_dtensors:
         labels = distribute_tensor(labels, mesh, [Replicate()])
@@ -135,11 +146,14 @@ def dtensor_logits_case(
 
 
 def tensor_parallel_case(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, is_trained: bool
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    is_trained: bool,
 ) -> dict[str, Any]:
     """Hidden states are replicated, the head is in shards and never whole."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    hidden, weight, bias, labels, mask = head(*shape, dtype)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    hidden, weight, bias, labels, mask = head(*shape, dtype, device)
     states = distribute_tensor(hidden, mesh, [Replicate()]).requires_grad_()
     weight, bias = (
         distribute_tensor(x, mesh, [Shard(0)]).requires_grad_(is_trained) for x in (weight, bias)
@@ -155,14 +169,17 @@ def tensor_parallel_case(
 
 
 def data_parallel_case(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, mesh_shape: tuple[int, ...]
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    mesh_shape: tuple[int, ...],
 ) -> dict[str, Any]:
     """Another batch on each rank, and one head in shards, as FSDP2 (or HSDP) keeps it."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh("cpu", mesh_shape)
+    mesh = init_device_mesh(device.type, mesh_shape)
     placements = [Replicate()] * (len(mesh_shape) - 1) + [Shard(0)]
     batch, *rest = shape
-    hidden, weight, _, labels, mask = head(batch * size, *rest, dtype)
+    hidden, weight, _, labels, mask = head(batch * size, *rest, dtype, device)
     own = slice(rank * batch, (rank + 1) * batch)
     leaf = hidden[own].clone().requires_grad_()
     weight = distribute_tensor(weight, mesh, placements).requires_grad_()
@@ -172,10 +189,10 @@ def data_parallel_case(
     return dict(value=value.detach(), grad=grads[0], weight_grad=grads[1].full_tensor())
 
 
-def frees_the_whole_head_case() -> bool:
+def frees_the_whole_head_case(device: torch.device) -> bool:
     """Of a head that does not train, nothing of its size is held until the backward pass."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    hidden, weight, _, labels, mask = head(2, 3, 8, 64, torch.float32)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    hidden, weight, _, labels, mask = head(2, 3, 8, 64, torch.float32, device)
     weight = distribute_tensor(weight, mesh, [Shard(0)])
     held = []
 
@@ -188,11 +205,11 @@ def frees_the_whole_head_case() -> bool:
     return (64, 8) not in [tuple(shape) for shape in held]
 
 
-def placement_errors_case() -> list[Any]:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    flat = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    hidden, weight, bias, labels, _ = head(4, 4, 8, 16, torch.float32)
-    logits = torch.randn(4, 4, 16)
+def placement_errors_case(device: torch.device) -> list[Any]:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    flat = init_device_mesh(device.type, (2, 2), mesh_dim_names=("data", "tensor"))
+    hidden, weight, bias, labels, _ = head(4, 4, 8, 16, torch.float32, device)
+    logits = torch.randn(4, 4, 16, device=device)
     sharded = distribute_tensor(weight, mesh, [Shard(0)])
     states = distribute_tensor(hidden, mesh, [Replicate()])
     linear, plain = dpo_triton.fused_linear_seq_logprob, dpo_triton.fused_seq_logprob

@@ -1,48 +1,35 @@
 """The benchmark of the head refuses wrong results, and judges its goals by the rows."""
 
-import csv
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_programs import quiet_machine, read_csv  # noqa: F401  (a fixture)
 
 import dpo_triton
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from benchmarks import bench_linear
+from benchmarks.common import measure, peers
+from benchmarks.common.cases import Session
+from benchmarks.common.peers import Peer
+from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.head import cases, model, rows
+from benchmarks.head.cases import Shape
+from benchmarks.head.peers import candidates
+from benchmarks.head.rows import FROZEN, TRAINED, Row
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """The program as a module, on tiny shapes; what it imports of its folder leaves with the test.
-
-    A vocabulary of more than one tile, and one of less.
-    """
-    pytest.importorskip("tqdm")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # busy cores would make thousands of tiny operations wait
-    siblings = {path.stem for path in BENCHMARKS.glob("*.py")}
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    for name in siblings:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    spec = importlib.util.spec_from_file_location("bench_linear", BENCHMARKS / "bench_linear.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    shapes = (module.Shape(module.HEADLINE, 24, 4099, 4, 32), module.Shape("b", 16, 257, 2, 8))
-    monkeypatch.setattr(module, "SHAPES", {shape.name: shape for shape in shapes})
+def bench(monkeypatch, quiet_machine):  # noqa: F811
+    """The program on tiny shapes: a vocabulary of more than one tile, and one of less."""
+    shapes = (Shape(bench_linear.HEADLINE, 24, 4099, 4, 32), Shape("b", 16, 257, 2, 8))
+    monkeypatch.setattr(bench_linear, "SHAPES", {shape.name: shape for shape in shapes})
 
     def peak_mib(fn, device):  # the real one, tested with bench_vocab, collects garbage each time
         fn()
         return 1.0
 
-    monkeypatch.setattr(module.measure, "peak_mib", peak_mib)
-    yield module
-    torch.set_num_threads(threads)
-    module.measure.map_buffers(2**25)  # where glibc's own rule ends
-    for name in siblings:
-        sys.modules.pop(name, None)
+    monkeypatch.setattr(measure, "peak_mib", peak_mib)
+    return bench_linear
 
 
 @pytest.mark.parametrize(
@@ -66,12 +53,10 @@ def test_rows_of_every_case(bench, capsys, tmp_path):
     path = tmp_path / "made" / "rows.csv"
     assert bench.main(["--quick", "--device", "cpu", "--seed", "7", "--csv", str(path)]) == 0
     out, _ = capsys.readouterr()
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-
+    found = read_csv(path)
     run = ["machine", "torch", "triton", "trl", "liger-kernel", "seed", "command"]
-    assert list(rows[0]) == [field.name for field in dataclasses.fields(bench.LinearRow)] + run
-    ours = [row for row in rows if row["impl"] == "dpo_triton"]
+    assert list(found[0]) == [field.name for field in dataclasses.fields(Row)] + run
+    ours = [row for row in found if row["impl"] == "dpo_triton"]
     shares = [0.25, 0.45, 1.0]
     case = ("model", "dtype", "scored_share", "passes", "head")
     assert [tuple(row[name] for name in case) for row in ours] == [
@@ -84,7 +69,7 @@ def test_rows_of_every_case(bench, capsys, tmp_path):
         for share in wanted
         for passes, head in bench.MODES
     ]  # fmt: skip
-    for row in rows:
+    for row in found:
         is_float32 = row["dtype"] == "float32"
         assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
         assert float(row["value_error"]) < (1e-5 if is_float32 else 0.05)
@@ -93,7 +78,7 @@ def test_rows_of_every_case(bench, capsys, tmp_path):
             error = row[f"{name}_grad_error"]
             assert (error != "") == has
             assert not has or float(error) < (1e-5 if is_float32 else 0.05)
-    assert not [r for r in rows if float(r["scored_share"]) == 1 and "scored rows" in r["impl"]]
+    assert not [r for r in found if float(r["scored_share"]) == 1 and "scored rows" in r["impl"]]
     assert "time of the formula on the scored rows, 45% scored" in out
     assert "not run: Liger cross entropy" in out
     assert "modelled for a GPU, not measured" in out
@@ -106,36 +91,54 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven(bench, monkeypatch,
     def refuse(*inputs):
         raise RuntimeError("no memory, for the test\nand a second line")
 
-    plain = bench.linear_peers.collect("auto")[0][:3]
-    broken = bench.LinearPeer("broken", refuse)
-    monkeypatch.setattr(bench.linear_peers, "collect", lambda backend: ([*plain, broken], {}))
-    monkeypatch.setitem(bench.linear_peers.DESCRIPTIONS, "broken", "")
+    plain = candidates("auto")[:3]
+    broken = Peer("broken", "", lambda: refuse)
+    monkeypatch.setattr(bench, "candidates", lambda backend: [*plain, broken])
     options = ["--quick", "--model", "b", "--no-plot", "--csv", str(tmp_path / "rows.csv")]
     assert bench.main([*options, "--device", "cpu"]) == 0
     out, _ = capsys.readouterr()
     assert "not run: broken: RuntimeError: no memory, for the test: 9 times, at first with b" in out
 
-    batch = next(
-        bench.cases.make_batches(bench.SHAPES["b"], torch.float32, [0.5], torch.Generator())
-    )
-    ours = bench.LinearPeer("ours", refuse, ours=True)
+    batch = next(cases.make_batches(bench.SHAPES["b"], torch.float32, [0.5], torch.Generator()))
+    ours = Peer("ours", "", lambda: refuse, ours=True)
+    session = Session(torch.device("cpu"), lambda: None)
     with pytest.raises(RuntimeError, match="no memory"):
-        bench.cases.measure_case(batch, bench.FORWARD, bench.TRAINED, [ours], 1, {}, lambda: None)
+        cases.measure_case(session, batch, FORWARD, TRAINED, [ours], 1)
 
 
-def test_goals_follow_from_the_rows(bench):
+def test_who_cannot_run_is_named():
+    def of_another_version():
+        raise AttributeError("no such function")
+
+    runnable, not_run = peers.collect(
+        [
+            Peer("here", "", lambda: print),
+            Peer("absent", "", lambda: print, "no_such_package.module"),
+            Peer("old", "", of_another_version),
+            Peer("elsewhere", "", of_another_version, obstacle="needs a GPU"),
+        ]
+    )
+    assert [peer.name for peer in runnable] == ["here"]
+    assert not_run == {
+        "absent": "no_such_package is not installed",
+        "old": "AttributeError: no such function",
+        "elsewhere": "needs a GPU",
+    }
+
+
+def test_goals_follow_from_the_rows():
     def row(impl, ms, **more):
         cells = dict(
             impl=impl, model="m", hidden_size=8, vocab_size=1000, batch=4, seq_len=16,
-            dtype="float32", scored_share=0.45, passes=bench.BACKWARD, head=bench.TRAINED, ms=ms,
+            dtype="float32", scored_share=0.45, passes=BACKWARD, head=TRAINED, ms=ms,
             ms_p20=ms, ms_p80=ms, samples=1, peak_mib=60.0, value_error=1e-6, value_rounding=5e-7,
             hidden_grad_error=1e-6, hidden_grad_rounding=1e-7, weight_grad_error=2e-6,
             weight_grad_rounding=1e-7, of_floor=None,
         )  # fmt: skip
-        return bench.LinearRow(**(cells | more))
+        return Row(**(cells | more))
 
-    def verdicts(*rows):
-        goals = bench.linear_goals.judge([*rows], "m")
+    def verdicts(*measured):
+        goals = rows.judge([*measured], "m")
         return [(goal.measured.split()[0], goal.met) for goal in goals]
 
     right = ("0.000", True)
@@ -148,7 +151,7 @@ def test_goals_follow_from_the_rows(bench):
     assert verdicts(row("dpo_triton", 1.2, **worse), floor) == [
         ("1.20x", False), ("65.0", False), ("2.000", False), right, ("0.500", True)
     ]  # fmt: skip
-    frozen = dict(head=bench.FROZEN, weight_grad_error=None)
+    frozen = dict(head=FROZEN, weight_grad_error=None)
     # Against the formula that trains the head; its own row with a frozen one is none.
     assert verdicts(row("dpo_triton", 0.79, **frozen), floor) == [("0.79x", True), ("60.0", True)]
     whole = dict(scored_share=1.0)
@@ -158,9 +161,9 @@ def test_goals_follow_from_the_rows(bench):
     assert verdicts(row("TRL", 1.0)) == []
 
 
-def test_modelled_counts(bench):
+def test_modelled_counts():
     """By hand, of 16 columns a token: one tile for both, H = 2, all of 8192 tokens scored."""
-    trl, ours, trl_frozen, ours_frozen = bench.linear_model.modelled(
+    trl, ours, trl_frozen, ours_frozen = model.modelled(
         "m", 2, 16, [1.0], {"trained": False, "frozen": True}
     )
     assert (trl.tiles, ours.tiles) == (2, 1)  # TRL's have 4096 tokens
@@ -176,10 +179,28 @@ def test_modelled_counts(bench):
     assert trl.bytes_per_token == 7 * 2 * 16 + 2 * (3 * 2 + 8) + of_weight / 8192
 
 
-def test_a_partial_run_does_not_replace_the_whole_one(bench):
-    whole, plot = bench.output_paths(bench.parse_args([]), "AMD EPYC, 2 threads")
+def test_a_partial_run_does_not_replace_the_whole_one():
+    whole, plot = bench_linear.output_paths(bench_linear.parse_args([]), "AMD EPYC, 2 threads")
     assert (whole.name, plot.name) == (
         "linear-amd-epyc-2-threads.csv", "linear-amd-epyc-2-threads.png"
     )  # fmt: skip
-    quick, _ = bench.output_paths(bench.parse_args(["--quick"]), "AMD EPYC, 2 threads")
+    quick, _ = bench_linear.output_paths(
+        bench_linear.parse_args(["--quick"]), "AMD EPYC, 2 threads"
+    )
     assert quick.name == "linear-amd-epyc-2-threads.local.csv"
+
+
+def test_on_a_gpu_it_measures_larger_heads_in_bfloat16(monkeypatch, capsys):
+    args = bench_linear.parse_args(["--device", "cuda"])
+    plan = bench_linear.plan_of(args)
+    assert [shape.name for shape, _, _ in plan] == list(bench_linear.GPU_SHAPES)
+    assert {(dtype, *shares) for _, dtype, shares in plan} == {(torch.bfloat16, 1.0)}
+    tokens = [shape.batch * shape.seq_len for shape, _, _ in plan]
+    assert tokens == 2 * [1024, 8 * 1024, 64 * 1024]
+    assert all(shape.vocab_size == 151936 and shape.batch % 2 == 0 for shape, _, _ in plan)
+
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 24 * 2**30)
+    device = torch.device("cuda")
+    fits = [shape.name for shape, _, _ in plan if bench_linear.has_room(shape, device)]
+    assert fits == ["H896-1k", "H896-8k", "H896-64k", "H4096-1k", "H4096-8k"]
+    assert "left out: H4096-64k needs 27 GiB" in capsys.readouterr().out

@@ -106,15 +106,13 @@ def test_opcheck(packed, backend, device):
     if packed:
         logits, labels, mask = logits.view(1, 8, 130), labels.view(1, 8), mask.view(1, 8)
         cu_seqlens = torch.tensor([0, 3, 8], device=device)
-    options = (1.5, 1.0, None, ["entropy", "top1"], backend)
-    partials_inputs = (logits, labels, mask, cu_seqlens, False, -100, 0, 130, *options)
-    torch.library.opcheck(_ops.partials, partials_inputs)
-    partials = _ops.partials(*partials_inputs)
-    for reduction in ("mean", "none"):
-        combine_inputs = (*partials, cu_seqlens, reduction, 130, *options)
-        torch.library.opcheck(_ops.combine, combine_inputs)
-    _, _, logps, *of_tokens, _ = _ops.combine(*combine_inputs)
-    grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
-    inputs = (labels, partials[2], *of_tokens, False, 0, 1.5, 1.0, None, backend)
-    torch.library.opcheck(_ops.grad, (grad_logps, logits, *inputs))
-    torch.library.opcheck(_ops.grad_, (grad_logps, logits.clone(), *inputs))
+    tokens = (labels, mask, cu_seqlens, False, -100)
+    for scaling in ((1.5, 1.0, None, None), (1.0, 1.0, None, torch.tensor([1.5, 1.0, 9.0]))):
+        for reduction in ("mean", "none"):
+            inputs = (logits, *tokens, *scaling, reduction, ["entropy", "top1"], backend)
+            torch.library.opcheck(_ops.logprob, inputs)
+        _, _, logps, softmax, _, weights = _ops.logprob(*inputs)
+        grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
+        inputs = (labels, weights, False, softmax, *scaling, backend)
+        torch.library.opcheck(_ops.logprob_grad, (grad_logps, logits, *inputs))
+        torch.library.opcheck(_ops.logprob_grad_, (grad_logps, logits.clone(), *inputs))

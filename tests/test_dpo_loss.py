@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from batches import assert_close, make_batch, max_error
@@ -305,6 +306,19 @@ def test_ld_dpo_mask(alpha, layout, shift):
     torch.testing.assert_close(ours, expected[kept])
     as_bool = ld_dpo_mask(mask != 0, alpha, layout=layout, shift=shift)
     assert as_bool.dtype == torch.float32
+
+
+def test_ld_dpo_mask_whatever_the_default_dtype():
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weights = [ld_dpo_mask(x, 0.3) for x in (mask, mask.double(), mask != 0)]
+        assert torch.equal(ld_dpo_mask(mask, np.float64(0.3)), weights[0])
+    finally:
+        torch.set_default_dtype(before)
+    assert [x.dtype for x in weights] == [torch.float32, torch.float64, torch.float32]
+    assert [x[0, 1].item() for x in weights] == [mask.new_tensor(0.3).item(), 0.3, weights[0][0, 1]]
 
 
 def test_ld_dpo_in_one_call():

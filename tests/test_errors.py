@@ -78,9 +78,9 @@ CASES = {
         r"cu_seqlens must have shape \(S \+ 1,\), got \(1, 2\)",
     ),
     "cu_seqlens end": (
-        PACKED | dict(cu_seqlens=torch.tensor([0, 4])),
+        PACKED | dict(cu_seqlens=torch.tensor([0, 9])),
         ValueError,
-        r"cu_seqlens must rise from 0 to the number of tokens, 6, got \[0, 4\].*running sum",
+        r"cu_seqlens must rise from 0 to at most the number of tokens, 6, got \[0, 9\]",
     ),
     "cu_seqlens order": (
         PACKED | dict(cu_seqlens=torch.tensor([0, 4, 2, 6])),

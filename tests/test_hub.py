@@ -68,11 +68,14 @@ def test_ids_are_unique_to_backend_and_sources(hub, tmp_path):
     assert len(ids) == len(BACKENDS)
     assert all(id.isidentifier() for id in ids)
 
-    shutil.copytree(ROOT / "dpo_triton", tmp_path / "dpo_triton")
+    shutil.copytree(ROOT / "dpo_triton", tmp_path / "dpo_triton", symlinks=True)
+    (tmp_path / "dpo_triton" / "kernels").unlink()  # a copy without links has the same variants
+    (tmp_path / "dpo_triton" / "kernels").write_text("../kernels")
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     shutil.copy(ROOT / "LICENSE", tmp_path)
     build(tmp_path / "same", tmp_path)
     assert metadata(tmp_path / "same") == metadata(hub)
-    with (tmp_path / "dpo_triton" / "kernels" / "grad.py").open("a") as file:
+    with (tmp_path / "kernels" / "grad.py").open("a") as file:
         file.write("# a change\n")
     build(tmp_path / "changed", tmp_path)
     assert metadata(tmp_path / "changed")["id"] not in ids

@@ -42,17 +42,25 @@ def exact_token_logps(logits: Tensor, labels: Tensor, temperature: float = 1.0) 
     return log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
 
 
-def assert_same(ours: Any, statement: Any, logits: Tensor, *args: Any, **options: Any) -> None:
-    """Values and gradients of the first result, and the other results, against float64."""
+def assert_same(
+    device: torch.device, ours: Any, statement: Any, logits: Tensor, *args: Any, **options: Any
+) -> None:
+    """Values and gradients of the first result, and the other results, against float64: ours on the
+    device, but for float64, which Triton has not."""
+    where = torch.device("cpu") if logits.dtype == torch.float64 else device
+    own_args = [x.to(where) if isinstance(x, Tensor) else x for x in args]
     results, grads, upstream = [], [], None
-    for function, inputs in ((statement, logits.double().clone()), (ours, logits.clone())):
+    for function, inputs, others in (
+        (statement, logits.double().clone(), args),
+        (ours, logits.clone().to(where), own_args),
+    ):
         inputs.requires_grad_()
-        result = function(inputs, *args, **options)
+        result = function(inputs, *others, **options)
         result = result if isinstance(result, tuple) else (result,)
         upstream = torch.randn_like(result[0]) if upstream is None else upstream
-        result[0].backward(upstream.to(result[0].dtype))
-        results.append([x.detach() for x in result])
-        grads.append(inputs.grad)
+        result[0].backward(upstream.to(result[0]))
+        results.append([x.detach().cpu() for x in result])
+        grads.append(inputs.grad.cpu())
     for exact, got in zip(*results, strict=True):
         assert got.shape == exact.shape
         if exact.is_floating_point():
@@ -124,16 +132,34 @@ def llama_factory_statement(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ld_alpha", [None, 0.3, 0.0, 1.0])
-def test_llama_factory(ld_alpha, dtype):
+def test_llama_factory(ld_alpha, dtype, device):
     logits = make_logits(6, 14, 130, dtype=dtype)
     for pad in (-100, 7):  # 7: a token of the vocabulary
         labels = make_labels(6, 14, 130, pad)
         options = dict(label_pad_token_id=pad, ld_alpha=ld_alpha)
         assert_same(
-            llama_factory.get_batch_logps, llama_factory_statement, logits, labels, **options
+            device,
+            llama_factory.get_batch_logps,
+            llama_factory_statement,
+            logits,
+            labels,
+            **options,
         )
         logps, lengths = llama_factory.get_batch_logps(logits, labels, **options)
         assert logps[-1] == lengths[-1] == 0
+
+
+def test_llama_factory_whatever_the_default_dtype():
+    logits, labels = make_logits(2, 14, 130), make_labels(2, 14, 130)
+    labels[1] = -100
+    expected, _ = llama_factory.get_batch_logps(logits, labels, ld_alpha=0.3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got, _ = llama_factory.get_batch_logps(logits, labels, ld_alpha=0.3)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got, expected)
 
 
 def test_llama_factory_lists_rows_that_are_not_pairs():
@@ -144,12 +170,17 @@ def test_llama_factory_lists_rows_that_are_not_pairs():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shape", [(2, 5, 130), (7, 130)], ids=str)  # padded, packed
-def test_openrlhf(shape, temperature, dtype):
+def test_openrlhf(shape, temperature, dtype, device):
     labels = torch.randint(0, shape[-1], shape[:-1])
     logits = make_logits(*shape, dtype=dtype)
     before = logits.clone()
     assert_same(
-        openrlhf.log_probs_from_logits, exact_token_logps, logits, labels, temperature=temperature
+        device,
+        openrlhf.log_probs_from_logits,
+        exact_token_logps,
+        logits,
+        labels,
+        temperature=temperature,
     )
     assert torch.equal(logits, before)
 
@@ -162,7 +193,7 @@ def test_openrlhf_gives_0_for_an_ignored_label():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("average", [False, True])
-def test_torchtune(average, dtype):
+def test_torchtune(average, dtype, device):
     def statement(logits: Tensor, labels: Tensor, label_pad_token_id: int, average: bool) -> Tensor:
         token_logps = exact_token_logps(logits[:, :-1], labels[:, 1:])
         is_scored = labels[:, 1:] != label_pad_token_id
@@ -172,16 +203,18 @@ def test_torchtune(average, dtype):
     for pad in (-100, 7):
         labels = make_labels(4, 14, 130, pad)
         logits = make_logits(4, 14, 130, dtype=dtype)
-        assert_same(torchtune.get_batch_log_probs, statement, logits, labels, pad, average)
+        assert_same(device, torchtune.get_batch_log_probs, statement, logits, labels, pad, average)
         assert torchtune.get_batch_log_probs(logits, labels, pad, average)[-1] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torchtune_logits_to_logprobs(dtype):
+def test_torchtune_logits_to_logprobs(dtype, device):
     sequences = torch.randint(0, 130, (3, 5))
     logits = make_logits(3, 5, 130, dtype=dtype)
     for temperature in (1.0, 1.7):
-        assert_same(torchtune.logits_to_logprobs, exact_token_logps, logits, sequences, temperature)
+        assert_same(
+            device, torchtune.logits_to_logprobs, exact_token_logps, logits, sequences, temperature
+        )
     sequences[1, 2] = -100
     with pytest.raises(IndexError, match=r"labels\[1, 2\] is -100"):
         torchtune.logits_to_logprobs(logits, sequences)
@@ -193,7 +226,7 @@ def trainer(sequence_parallel_size: int = 1) -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_ms_swift(reduction, dtype):
+def test_ms_swift(reduction, dtype, device):
     def statement(logits: Tensor, labels: Tensor, label_pad_token_id: int, reduction: str):
         is_scored = labels != label_pad_token_id
         reduced = getattr(logits, reduction)(-1) * is_scored
@@ -203,6 +236,7 @@ def test_ms_swift(reduction, dtype):
         labels = make_labels(4, 14, 130, pad)
         logits = make_logits(4, 14, 130, dtype=dtype)
         assert_same(
+            device,
             lambda *args: ms_swift.get_per_token_logps(trainer(), *args),
             statement,
             logits,
@@ -221,7 +255,7 @@ def test_ms_swift_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_open_instruct(dtype):
+def test_open_instruct(dtype, device):
     def statement(logits: Tensor, labels: Tensor) -> Tensor:
         token_logps = exact_token_logps(logits[:, :-1], labels[:, 1:]) * (labels[:, 1:] != -100)
         return torch.cat([token_logps, torch.zeros(len(labels), 1)], 1)
@@ -229,7 +263,7 @@ def test_open_instruct(dtype):
     for seq_len in (14, 1):  # 1: nothing is predicted
         labels = make_labels(4, 14, 130)[:, :seq_len]
         logits = make_logits(4, seq_len, 130, dtype=dtype)
-        assert_same(open_instruct.calculate_per_token_logps, statement, logits, labels)
+        assert_same(device, open_instruct.calculate_per_token_logps, statement, logits, labels)
     empty = open_instruct.calculate_per_token_logps(make_logits(2, 0, 9), labels[:2, :0])
     assert empty.shape == (2, 0)
 

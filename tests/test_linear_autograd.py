@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import assert_close, fused
-from head_batches import ALL, FROZEN, linear_truth, make_head_batch, value_and_grads
+from head_batches import ALL, FROZEN, TILE_V, linear_truth, make_head_batch, value_and_grads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_triton import fused_linear_seq_logprob, fused_linear_token_logprob
-from dpo_triton._head import TILE_V
 
 
 def seq(backend):

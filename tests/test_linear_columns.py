@@ -4,24 +4,26 @@ those of the whole row."""
 import pytest
 import torch
 from batches import assert_close, make_batch, truth
+from stage_calls import run_combine, run_partials, tokens_of
 
-from dpo_triton import _ops, reference
-from dpo_triton._backends import resolve_backend
+from dpo_triton import reference
+from dpo_triton._backends import backend_named
+from dpo_triton._records import Columns, Partials, Scaling, Scored
 
 STATS = ["entropy", "mean_logit", "top1", "log_sum_sq_probs"]
 SPLIT_V = 16384  # of the kernels
 
 
 def of_ranges(bounds, batch, backend, options=(1.0, 1.0, None)):
-    """Partials, targets and weights of ranges of columns that end at the bounds, side by side."""
+    """Partials of ranges of columns that end at the bounds, side by side."""
     logits, labels, mask = batch
     found = []
     for lo, hi in zip([0, *bounds[:-1]], bounds, strict=True):
-        inputs = (logits[..., lo:hi], labels, mask, None, False, -100, lo, bounds[-1], *options)
-        stages = resolve_backend(backend, logits.device, logits.dtype)
-        found.append(stages.partials(*inputs, STATS))
-    partials, targets, weights = zip(*found, strict=True)
-    return torch.cat(partials, 1), torch.stack(targets).amax(0), weights[0]
+        columns = Columns(lo, hi - lo, bounds[-1])
+        inputs = (logits[..., lo:hi], tokens_of(labels, mask), columns, Scaling(*options), STATS)
+        found.append(run_partials(backend, *inputs))
+    sums, targets, weights = zip(*found, strict=True)
+    return Partials(torch.cat(sums, 1), torch.stack(targets).amax(0), weights[0])
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -48,10 +50,9 @@ def test_ranges_against_float64(dtype, options, backend, device):
     batch = make_batch((2, 4, 3001), dtype, device)
     bounds = [1, 1000, 2999, 3001]
     batch.labels[0] = torch.tensor([0, 1, 999, 1000])  # at the ranges' edges
-    partials, target, weights = of_ranges(bounds, batch, backend, options)
-    values, _, logps, *of_tokens, stats = _ops.combine(
-        partials, target, weights, None, "sum", 3001, *options, STATS, backend
-    )
+    partials, scaling = of_ranges(bounds, batch, backend, options), Scaling(*options)
+    combined = run_combine(backend, partials, "sum", 3001, scaling, STATS)
+    values, _, logps, softmax, stats = combined
     named = dict(zip(("temperature", "logit_scale", "softcap"), options, strict=True))
     exact = truth("seq_logprob", batch, reduction="sum", **named)
     assert_close(values, exact[0], 2e-6 * (1 + float(exact[0].abs().max())))
@@ -63,8 +64,9 @@ def test_ranges_against_float64(dtype, options, backend, device):
         assert_close(stat, exact_stats[name], 2e-6 * scale, name)
     grads = []
     for lo, hi in zip([0, *bounds[:-1]], bounds, strict=True):
-        inputs = (batch.labels, weights, *of_tokens, False, lo, *options, backend)
-        grads.append(_ops.grad(torch.ones_like(logps), batch.logits[..., lo:hi], *inputs))
+        scored, columns = Scored(batch.labels, partials.weights, False), Columns(lo, hi - lo, 3001)
+        inputs = (batch.logits[..., lo:hi], scored, softmax, columns, scaling, None)
+        grads.append(backend_named(backend).grad(torch.ones_like(logps), *inputs))
     assert_close(torch.cat(grads, -1), exact[1], 2e-6 * float(exact[1].abs().max()))
 
 
@@ -78,9 +80,8 @@ def test_top1_takes_the_first_maximum_of_all_ranges(backend, device):
         logits[0, t, [y, rival]] = 2.0
     labels = torch.tensor([[10, 500, 310, 320, 899, 0]], device=device)
     mask = torch.ones(1, 6, device=device)
-    partials, target, weights = of_ranges([300, 600, 900], (logits, labels, mask), backend)
-    inputs = (None, "none", vocab_size, 1.0, 1.0, None, STATS, backend)
-    top1 = _ops.combine(partials, target, weights, *inputs)[-1][2]
+    partials = of_ranges([300, 600, 900], (logits, labels, mask), backend)
+    top1 = run_combine(backend, partials, "none", vocab_size, stats=STATS).stats[2]
     assert torch.equal(top1, (logits.argmax(-1) == labels).float())
     assert top1.tolist() == [[1.0, 0.0, 1.0, 0.0, 0.0, 1.0]]
 
@@ -90,8 +91,7 @@ def test_no_range_has_a_label_out_of_the_vocabulary(device):
     logits, labels, mask = make_batch((1, 3, 900), torch.float32, device)
     labels[0] = torch.tensor([-1, 900, 5])
     mask = torch.ones_like(mask)
-    stages = resolve_backend("triton", logits.device, logits.dtype)
     for lo, hi in ((0, 300), (300, 900)):
-        inputs = (labels, mask, None, False, -100, lo, 900, 1.0, 1.0, None, [])
-        target = stages.partials(logits[..., lo:hi], *inputs)[1]
+        columns, tokens = Columns(lo, hi - lo, 900), tokens_of(labels, mask)
+        target = run_partials("triton", logits[..., lo:hi], tokens, columns).target
         assert target.isnan().tolist() == [True, True, False]

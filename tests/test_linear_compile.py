@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from batches import fused
 from head_batches import ALL, FROZEN, make_head_batch, value_and_grads
 
-from dpo_triton import _head, _ops
+from dpo_triton._head import _operators
 
 
 @pytest.fixture(autouse=True)
@@ -87,21 +87,19 @@ def test_opcheck(layout, make_grad, backend, device):
     if layout == "views":
         weight, labels = weight.t().contiguous().t(), labels.t().contiguous().t()
         hidden, mask = hidden.transpose(0, 1).contiguous().transpose(0, 1), None
-    scaling, stats = (1.5, 1.0, None), ["entropy", "top1"]
-    inputs = (hidden, weight, bias, labels, mask, cu_seqlens, False, -100, *scaling, stats)
-    inputs += (torch.float32, 20 * 300 * 4, not make_grad, make_grad, backend)
-    torch.library.opcheck(_head.linear_partials, inputs)
-    partials, target, weights, kept, unit_grad = _head.linear_partials(*inputs)
+    scaling, plan = (1.5, 1.0, None, None), (torch.float32, 20 * 300 * 4)
+    inputs = (hidden, weight, bias, labels, mask, cu_seqlens, False, -100, *scaling, "mean")
+    inputs += (["entropy", "top1"], *plan, list(FROZEN if make_grad else ALL), backend)
+    torch.library.opcheck(_operators.linear_logprob, inputs)
+    found = _operators.linear_logprob(*inputs)
+    _, _, logps, softmax, _, weights, kept, unit_grad = found
     assert (kept.numel() > 0) != make_grad
-    inputs = (cu_seqlens, "none", len(weight), *scaling, stats, backend)
-    _, _, logps, *of_tokens, _ = _ops.combine(partials, target, weights, *inputs)
+    assert (unit_grad.numel() > 0) == make_grad
     grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
-    for needs in [FROZEN] if make_grad else [ALL, (False, True, False), (True, False, True)]:
-        torch.library.opcheck(
-            _head.linear_grad,
-            (grad_logps, hidden, weight, bias, labels, weights, *of_tokens, kept, unit_grad)
-            + (False, *scaling, torch.float32, 20 * 300 * 4, list(needs), backend),
-        )
+    for needs in [] if make_grad else [ALL, (False, True, False), (True, False, True)]:
+        saved = (labels, weights, False, softmax, kept)
+        inputs = (grad_logps, hidden, weight, bias, *saved, *scaling, *plan, list(needs), backend)
+        torch.library.opcheck(_operators.linear_logprob_grad, inputs)
 
 
 def test_dynamic_shapes_compile_once(device):

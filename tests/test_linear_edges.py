@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 from batches import assert_close, fused, max_error
-from head_batches import ALL, FROZEN, HeadBatch, linear_truth, make_head_batch, value_and_grads
-
-from dpo_triton._head import TILE_V
+from head_batches import (
+    ALL,
+    FROZEN,
+    TILE_V,
+    HeadBatch,
+    linear_truth,
+    make_head_batch,
+    value_and_grads,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -139,6 +145,16 @@ def test_nothing_packed(bounds, backend, device):
     assert all((grad == 0).all() for grad in grads)
 
 
+def flushed_sum(weight: torch.Tensor, y: int) -> float:
+    """What the gradient of hidden may lack on a GPU, whose exp2 gives 0 below float32's normal
+    numbers. At a margin of 80 nats most of the others' shares are there, one by one; together they
+    are 1 % of this gradient, the target being the rest."""
+    shares = weight[:, 0].softmax(0)
+    shares[y] = 0
+    is_flushed = shares < torch.finfo(torch.float32).tiny
+    return float((shares[:, None] * weight.abs())[is_flushed].sum(0).max())
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("trains", [ALL, FROZEN])
 @pytest.mark.parametrize("margin", [-100.0, 0.0, 17.0, 20.0, 40.0, 80.0])
@@ -156,7 +172,10 @@ def test_exact_at_any_margin(margin, trains, backend, device):
     exact = linear_truth("seq_logprob", batch, trains=trains)
     # log(exp(a) + ...) of float64 loses the digits of a target that leads: the reference has them.
     assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-5, abs=0)
-    assert max_error(found[1], exact[1]) <= 1e-5 * float(exact[1].abs().max())
+    lost = 0.0
+    if trains == ALL and backend == "triton" and device.type == "cuda":
+        lost = flushed_sum(weight.cpu().double(), y)
+    assert max_error(found[1], exact[1]) <= 1e-5 * float(exact[1].abs().max()) + lost
     if trains == ALL:
         for row in (y, int(others.argmax())):  # the target's, and the largest of the others
             mine, truth = found[2][row].cpu().double(), exact[2][row]

@@ -99,9 +99,9 @@ CASES = {
     "tile_bytes bool": (dict(tile_bytes=True), TypeError, "tile_bytes must be an int.*got bool"),
     "tile_bytes": (dict(tile_bytes=0), ValueError, "tile_bytes must be positive, got 0; None"),
     "cu_seqlens end": (
-        PACKED | dict(cu_seqlens=torch.tensor([0, 4])),
+        PACKED | dict(cu_seqlens=torch.tensor([0, 9])),
         ValueError,
-        r"cu_seqlens must rise from 0 to the number of tokens, 6, got \[0, 4\]",
+        r"cu_seqlens must rise from 0 to at most the number of tokens, 6, got \[0, 9\]",
     ),
     "temperature": (dict(temperature=0.0), ValueError, "temperature must be positive.*got 0.0"),
     "reduction": (

@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import fused
-from head_batches import ALL, FROZEN, make_head_batch, value_and_grads
-
-from dpo_triton._head import TILE_V
+from head_batches import ALL, FROZEN, TILE_V, make_head_batch, value_and_grads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,13 +7,13 @@ import weakref
 import pytest
 import torch
 from batches import fused
-from head_batches import ALL, FROZEN, make_head_batch
+from head_batches import ALL, FROZEN, TILE_V, make_head_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_triton import _head, fused_linear_seq_logprob
-from dpo_triton._head import TILE_V
-from dpo_triton._head._tiles import kept_numel, rows_in
+from dpo_triton import fused_linear_seq_logprob
+from dpo_triton._head import _autograd, _operators
+from dpo_triton._head._tiles import Plan
 
 
 class Costs(TorchDispatchMode):
@@ -45,8 +45,8 @@ class Costs(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def opened(monkeypatch):
     """An operator of torch.library is one call to a mode: here its body is called."""
-    for name in ("linear_partials", "linear_grad"):
-        monkeypatch.setattr(_head, name, getattr(_head, name)._init_fn)
+    for name in ("linear_logprob", "linear_logprob_grad"):
+        monkeypatch.setattr(_autograd, name, getattr(_operators, f"_{name}"))
 
 
 def leaves_of(batch, trains):
@@ -117,8 +117,9 @@ def test_tiles_fit_in_tile_bytes(num_tokens, tile_bytes):
     for vocab_size in (1, 37, TILE_V, 151936):
         for dtype in (torch.float32, torch.bfloat16):
             width = min(TILE_V, vocab_size)
-            height = min(num_tokens, rows_in(tile_bytes, vocab_size, dtype))
-            kept = kept_numel(num_tokens, vocab_size, tile_bytes, dtype)
+            plan = Plan(dtype, tile_bytes, ALL, "torch")
+            height = min(num_tokens, plan.rows_in(vocab_size))
+            kept = plan.kept_numel(num_tokens, vocab_size)
             total = (kept + height * width) * dtype.itemsize
             assert total <= max(tile_bytes, width * dtype.itemsize)
             assert kept <= num_tokens * vocab_size
@@ -166,9 +167,9 @@ def test_no_grad_multiplies_once_and_keeps_no_tile(monkeypatch):
     batch = make_head_batch(SHAPE, VOCAB_SIZE)._replace(mask=None)
     hidden, weight, bias = leaves_of(batch, ALL)
     made = []
-    body = _head.linear_partials
+    body = _autograd.linear_logprob
     monkeypatch.setattr(
-        _head, "linear_partials", lambda *inputs: made.append(body(*inputs)) or made[-1]
+        _autograd, "linear_logprob", lambda *inputs: made.append(body(*inputs)) or made[-1]
     )
     with torch.no_grad(), Costs() as costs:
         fused_linear_seq_logprob(hidden, weight, batch.labels, bias=bias, backend="torch")

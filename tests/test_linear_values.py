@@ -7,6 +7,7 @@ from batches import assert_close, assert_within_budget, fused, max_error, roundi
 from head_batches import (
     ALL,
     FROZEN,
+    TILE_V,
     HeadBatch,
     linear_truth,
     make_head_batch,
@@ -15,7 +16,6 @@ from head_batches import (
 )
 
 from dpo_triton import reference
-from dpo_triton._head import TILE_V
 
 STATS = ("lengths", "token_logps", "entropy", "mean_logit", "top1", "log_sum_sq_probs")
 

@@ -3,6 +3,7 @@
 import math
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 from batches import max_error
@@ -10,6 +11,7 @@ from loss_formulas import CASES, F_OPTIONS, score, sft, smoothed, trl_f
 
 from dpo_triton.losses import (
     LOSSES,
+    SequenceLogps,
     cpo_loss,
     exo_pair_loss,
     ipo_loss,
@@ -265,6 +267,56 @@ def test_reference_in_another_precision():
         assert max_error(result.losses, torch.full((3,), math.log(2)).double()) < 1e-2
 
 
+OPTIONS_OF_NUMBERS = dict(
+    beta=0.3,
+    label_smoothing=0.1,
+    f_alpha_divergence_coef=0.7,
+    discopop_tau=0.3,
+    delta=0.2,
+    simpo_gamma=0.6,
+    cpo_alpha=0.7,
+    alpha=0.2,
+    kl=0.3,
+    desirable_weight=0.9,
+    undesirable_weight=1.1,
+)
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64])
+def test_numbers_of_numpy(kind, name):
+    """Those of a few bits are taken for what they are and not computed with in those bits."""
+    loss, logps = LOSSES[name], draw(name)
+    numbers = {
+        option: kind(1 if kind is np.int64 and value > 0.5 else value)
+        for option, value in OPTIONS_OF_NUMBERS.items()
+        if option in loss.options and (kind is not np.int64 or value > 0.5)
+    }
+    constants: dict[str, object] = {} if "kl" in numbers or name != "kto" else dict(kl=0.5)
+    if name in ("sigmoid", "hinge", "exo_pair", "robust", "discopop"):
+        constants["f_divergence_type"] = "alpha_divergence"
+    if kind is np.int64:
+        numbers["beta"] = kind(2)
+    result = loss.function(*logps, **numbers, **constants)
+    plain = {option: number.item() for option, number in numbers.items()}
+    expected = loss.function(*logps, **plain, **constants)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_lengths_of_integers_whatever_the_default_dtype():
+    """bfloat16 knows no 257."""
+    sums, lengths = -torch.rand(3).double() * 300, torch.tensor([257, 513, 0])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        losses = sft_loss(sums, lengths).losses
+        means = SequenceLogps(sums, "sum", lengths).reduced_to("mean")
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(losses, (-sums.sum() / 770).expand(3))
+    torch.testing.assert_close(means, sums / torch.tensor([257.0, 513.0, 1.0]).double())
+
+
 LOGPS = dict(
     chosen_logps=torch.zeros(3),
     rejected_logps=torch.zeros(3),
@@ -306,6 +358,9 @@ ERRORS = {
     "beta": (dict(beta=0.0), ValueError, "beta must be positive, got 0.0"),
     "beta nan": (dict(beta=math.nan), ValueError, "beta must be finite, got nan"),
     "beta tensor": (dict(beta=torch.ones(())), TypeError, r"beta must be a number.*item\(\)"),
+    "beta array": (dict(beta=np.ones(1)), TypeError, r"beta must be a number, got ndarray.*item"),
+    "beta flag": (dict(beta=np.True_), TypeError, "beta must be a number, got bool"),
+    "beta huge": (dict(beta=10**400), ValueError, "beta must be finite, got 1000"),
     "smoothing": (
         dict(label_smoothing=0.5),
         ValueError,

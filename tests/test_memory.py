@@ -3,10 +3,12 @@
 import pytest
 import torch
 from batches import fused, make_batch
+from stage_calls import PLAIN, run_combine, run_partials, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_triton._torch_stages import grad, partials
+from dpo_triton._backends import backend_named
+from dpo_triton._records import Columns, Scored
 
 
 class Allocations(TorchDispatchMode):
@@ -37,18 +39,19 @@ def test_forward_allocates_no_more_than_the_buffer(share, dtype):
     logits, labels, _ = make_batch((4, 32, 50257), dtype)
     mask = torch.rand(4, 32) < share
     with Allocations() as allocations:
-        partials(logits, labels, mask, None, False, -100, 0, 50257, 1.0, 1.0, None, [])
+        run_partials("torch", logits, tokens_of(labels, mask))
     assert allocations.largest <= 7 << 20
 
 
 def test_backward_allocates_one_gradient():
     logits, labels, mask = make_batch((4, 32, 50257), torch.bfloat16)
-    stages = partials(logits, labels, mask, None, False, -100, 0, 50257, 1.0, 1.0, None, [])
-    ones = torch.ones_like(stages[2])
-    row = torch.ones(labels.numel())
+    partials = run_partials("torch", logits, tokens_of(labels, mask))
+    softmax = run_combine("torch", partials, "sum", 50257).softmax
+    scored, ones = Scored(labels, partials.weights, False), torch.ones_like(partials.weights)
+    inputs = (ones, logits, scored, softmax, Columns.all_of(50257), PLAIN)
     for out in (None, logits):
         with Allocations() as allocations:
-            grad(ones, logits, labels, stages[2], ones, row, row, False, 0, 1.0, 1.0, None, out)
+            backend_named("torch").grad(*inputs, out)
         assert allocations.largest <= (7 << 20)  # the gradient comes from NumPy
 
 

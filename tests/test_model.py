@@ -1,70 +1,26 @@
 """A transformers model's sequence log-probabilities, against its own full logits in float64."""
 
 import copy
-import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from batches import max_error
 from processes import run_processes
+from tiny_models import (
+    FAMILIES,
+    SLOW,
+    SMALL,
+    VOCAB_SIZE,
+    by_full_logits,
+    tiny_batch,
+    tiny_model,
+    transformers,
+)
 from torch import Tensor, nn
 
 from dpo_triton import reference, seq_logprob_from_model
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
-
-# Odd, and no multiple of anything: a head's last tile is never full.
-VOCAB_SIZE = 517
-SMALL = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=32,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-# What is peculiar to the head of each.
-FAMILIES = {
-    "llama": {},
-    "qwen3": dict(tie_word_embeddings=True),
-    "gemma2": dict(final_logit_softcapping=3.0),
-    "gemma3_text": dict(final_logit_softcapping=2.0),
-    "cohere": dict(logit_scale=0.25),
-    "granite": dict(logits_scaling=4.0, embedding_multiplier=3.0),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=32),
-    "phi": {},  # a bias
-    "falcon_h1": dict(
-        lm_head_multiplier=0.5, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16
-    ),
-}
-SLOW = ("falcon_h1",)
-
-
-def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    config = transformers.AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with torch.no_grad():  # so large that a softcap bends, and no gradient is near 0
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)
-    return model
-
-
-def tiny_batch() -> dict[str, Tensor]:
-    """Three answers, the second sequence padded, and one sequence without an answer."""
-    input_ids = torch.randint(3, VOCAB_SIZE, (4, 11))
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, 7:] = 0
-    mask = torch.zeros(4, 11)
-    mask[0, 4:] = torch.rand(7) + 0.5
-    mask[1, 3:7] = 1
-    mask[3, 10:] = 1
-    return dict(input_ids=input_ids, attention_mask=attention_mask, mask=mask)
+from dpo_triton._language_model import logit_scaling
 
 
 def gradients(values: Tensor, model: nn.Module, upstream: Tensor) -> dict[str, Tensor]:
@@ -76,52 +32,86 @@ def gradients(values: Tensor, model: nn.Module, upstream: Tensor) -> dict[str, T
     }
 
 
-def by_full_logits(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return reference.seq_logprob(logits, batch["input_ids"], batch["mask"], shift=True, **options)
+def in_float64(model: nn.Module, *args: Tensor, **options):
+    """On any device: Triton computes in float32, and is what "auto" means on a GPU."""
+    return seq_logprob_from_model(model, *args, backend="torch", **options)
 
 
 def assert_same(model: nn.Module, batch: dict[str, Tensor], rtol: float = 1e-9) -> None:
-    upstream = torch.randn(4, dtype=torch.float64)
-    values = seq_logprob_from_model(model, **batch)
+    upstream = torch.randn(4, dtype=torch.float64, device=batch["mask"].device)
+    values = in_float64(model, **batch)
     exact = by_full_logits(model, batch)
     assert values[2] == 0
-    assert max_error(values, exact.detach()) <= rtol * float(exact.detach().abs().max())
+    assert max_error(values, exact.detach().cpu()) <= rtol * float(exact.detach().abs().max())
     ours, theirs = (gradients(x, model, upstream.to(x.dtype)) for x in (values, exact))
     for name, grad in ours.items():
-        assert max_error(grad, theirs[name]) <= rtol * (1e-3 + float(theirs[name].abs().max())), (
-            name
-        )
+        truth = theirs[name].cpu()
+        assert max_error(grad, truth) <= rtol * (1e-3 + float(truth.abs().max())), name
 
 
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[pytest.mark.slow] * (f in SLOW)) for f in FAMILIES]
 )
-def test_values_and_gradients_of_every_parameter(family):
-    assert_same(tiny_model(family), tiny_batch())
+def test_values_and_gradients_of_every_parameter(family, device):
+    assert_same(tiny_model(family, device=device), tiny_batch(device))
+
+
+def test_xlstm():
+    """Its own backward pass fails on a CPU, and its logits are float32 whatever its weights are."""
+    config = transformers.xLSTMConfig(
+        **SMALL | dict(hidden_size=64, head_dim=16),
+        output_logit_soft_cap=3.0,
+        num_heads=4,
+        num_blocks=1,
+        qk_dim_factor=1.0,
+        chunk_size=11,
+        mode="train",
+    )
+    model, batch = transformers.xLSTMForCausalLM(config).double().eval(), tiny_batch()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        exact = by_full_logits(model, batch)
+        assert max_error(seq_logprob_from_model(model, **batch), exact) <= 1e-5
+
+
+def test_mpts_scale_in_words():
+    """MosaicML's class, which is not in transformers, reads it; other words are refused."""
+
+    class MPTForCausalLM(nn.Module):
+        def __init__(self, logit_scale):
+            super().__init__()
+            self.config = SimpleNamespace(d_model=16, logit_scale=logit_scale)
+
+        def get_output_embeddings(self):
+            raise AssertionError
+
+    assert logit_scaling(MPTForCausalLM("inv_sqrt_d_model")).logit_scale == 0.25
+    with pytest.raises(ValueError, match=r"logit_scale .* must be a number .*, got 'half'"):
+        logit_scaling(MPTForCausalLM("half"))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
-def test_float32(family):
+def test_float32(family, device):
     """The dtype that people train in, against the same weights in float64."""
-    model, batch = tiny_model(family, torch.float32), tiny_batch()
+    model, batch = tiny_model(family, torch.float32, device), tiny_batch(device)
     values = seq_logprob_from_model(model, **batch, reduction="sum", temperature=1.3)
     assert values.dtype == torch.float32
     exact = by_full_logits(model.double(), batch, reduction="sum", temperature=1.3)
-    assert max_error(values, exact.detach()) <= 1e-4 * float(exact.detach().abs().max())
+    assert max_error(values, exact.detach().cpu()) <= 1e-4 * float(exact.detach().abs().max())
 
 
-def test_defaults_score_every_real_token():
-    model, batch = tiny_model("llama"), tiny_batch()
+def test_defaults_score_every_real_token(device):
+    model, batch = tiny_model("llama", device=device), tiny_batch(device)
     ids, attention = batch["input_ids"], batch["attention_mask"]
-    values, stats = seq_logprob_from_model(model, ids, attention, stats=("lengths", "token_logps"))
+    values, stats = in_float64(model, ids, attention, stats=("lengths", "token_logps"))
     assert stats["lengths"].tolist() == [10.0, 6.0, 10.0, 10.0]  # all but the first of each
     assert stats["token_logps"].shape == ids.shape
     expected = reference.seq_logprob(model(ids, attention).logits, ids, attention, shift=True)
-    assert max_error(values, expected.detach()) <= 1e-12
+    assert max_error(values, expected.detach().cpu()) <= 1e-12
     labels = ids.masked_fill(batch["mask"] == 0, -100)
-    by_labels = seq_logprob_from_model(model, ids, attention, labels)
-    by_mask = seq_logprob_from_model(model, ids, attention, mask=batch["mask"] != 0)
+    by_labels = in_float64(model, ids, attention, labels)
+    by_mask = in_float64(model, ids, attention, mask=batch["mask"] != 0)
     assert torch.equal(by_labels, by_mask)
 
 
@@ -145,25 +135,35 @@ def test_the_head_makes_no_logits():
         assert largest == 44
 
 
-def test_autocast():
-    model, batch = tiny_model("llama", torch.float32), tiny_batch()
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast(device):
+    model, batch = tiny_model("llama", torch.float32, device), tiny_batch(device)
+    with torch.autocast(device.type, torch.bfloat16):
         values = seq_logprob_from_model(model, **batch)
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert values.dtype == torch.float32
     exact = reference.seq_logprob(logits.double(), batch["input_ids"], batch["mask"], shift=True)
-    assert max_error(values, exact.detach()) <= 1e-3 * float(exact.detach().abs().max())
+    assert max_error(values, exact.detach().cpu()) <= 1e-3 * float(exact.detach().abs().max())
     values.sum().backward()
     assert model.lm_head.weight.grad.dtype == torch.float32
     assert model.lm_head.weight.grad.isfinite().all()
 
 
-def test_lora_of_the_backbone_and_a_saved_head():
+def test_autocast_leaves_a_float64_model_alone():
+    """As it leaves PyTorch's own products of float64: values are float64, and say so."""
+    model, batch = tiny_model("llama"), tiny_batch()
+    exact = by_full_logits(model, batch).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = in_float64(model, **batch)
+    assert values.dtype == torch.float64
+    assert max_error(values, exact) <= 1e-12
+
+
+def test_lora_of_the_backbone_and_a_saved_head(device):
     peft = pytest.importorskip("peft")
     for extra in ({}, dict(modules_to_save=["lm_head"])):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **extra)
-        model = peft.get_peft_model(tiny_model("llama"), config).double()
-        batch = tiny_batch()
+        model = peft.get_peft_model(tiny_model("llama", device=device), config).double()
+        batch = tiny_batch(device)
         assert_same(model, batch)
         if extra:
             with torch.no_grad():
@@ -171,7 +171,7 @@ def test_lora_of_the_backbone_and_a_saved_head():
             assert_same(model, batch)
         with model.disable_adapter(), torch.no_grad():
             plain = by_full_logits(model, batch)
-            assert max_error(seq_logprob_from_model(model, **batch), plain) <= 1e-12
+            assert max_error(in_float64(model, **batch), plain.cpu()) <= 1e-12
 
 
 def test_an_adapter_on_the_head_is_an_error():
@@ -204,7 +204,7 @@ def test_errors_and_a_head_left_as_it_was():
         seq_logprob_from_model(nn.Linear(3, 3), **batch)
     model = tiny_model("llama")
     backbone = transformers.AutoModel.from_config(model.config)
-    with pytest.raises(TypeError, match=r"must be a torch.nn.Linear, got NoneType"):
+    with pytest.raises(TypeError, match=r"got LlamaModel, which ends in hidden states"):
         seq_logprob_from_model(backbone, **batch)
     with pytest.raises(ValueError, match="mask must have the shape of labels"):
         seq_logprob_from_model(model, batch["input_ids"], mask=batch["mask"][:, 1:])
@@ -217,20 +217,23 @@ def test_errors_and_a_head_left_as_it_was():
 def wrapped_gradients(wrapper: str, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """In a process: values and gradients of this rank's half of the batch under a wrapper."""
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     torch.manual_seed(seed)
     model, batch = tiny_model("llama"), tiny_batch()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    # Its own mesh would be one of GPUs where there are any, and over gloo ranks are on the CPU.
+    mesh = init_device_mesh("cpu", (world_size,))
     if wrapper.startswith("ddp"):
         model = DistributedDataParallel(model, find_unused_parameters=wrapper == "ddp unused")
     else:
         if wrapper == "fsdp2 head apart":
-            fully_shard(model.lm_head)
+            fully_shard(model.lm_head, mesh=mesh)
         for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     own = {name: x[rank::world_size] for name, x in batch.items()}
     values = seq_logprob_from_model(model, **own)
     values.sum().backward()
@@ -362,9 +365,11 @@ def test_zero3_equals_one_process(monkeypatch):
             assert max_error(grads[name], grad) <= 1e-4 * scale, name
 
 
-def test_a_copy_of_the_model_is_the_reference():
+def test_a_copy_of_the_model_is_the_reference(device):
     """Policy equal to its reference, with and without gradients: a loss of exactly ln 2."""
-    policy, batch = tiny_model("llama", torch.float32), tiny_batch()
+    policy, batch = tiny_model("llama", torch.float32, device), tiny_batch(device)
+    # Which of PyTorch's attention kernels runs may depend on what asks for a gradient.
+    policy.set_attn_implementation("eager")
     with torch.no_grad():
         ref_logps = seq_logprob_from_model(copy.deepcopy(policy), **batch)
     policy.requires_grad_(False)

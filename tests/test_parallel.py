@@ -4,17 +4,24 @@ import importlib.util
 from typing import Any
 
 import parallel_cases as cases
-import parallel_model
-import parallel_ways as ways
 import pytest
 import torch
 import torch.nn.functional as F
 from batches import assert_within_budget, max_error, rounding
-from parallel_cases import Case
+from parallel_cases import Case, of_ranks
 from processes import run_processes
 from torch import Tensor
 
-from dpo_triton import VocabShard, fused_linear_seq_logprob, fused_seq_logprob, reference
+from benchmarks.common.peers import OURS
+from benchmarks.parallel import model, ways
+from dpo_triton import (
+    VocabShard,
+    fused_linear_seq_logprob,
+    fused_seq_logprob,
+    reference,
+)
+from dpo_triton._backends import resolve_backend
+from dpo_triton._head import TILE_V, num_splits
 
 SIZE = 4
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -33,7 +40,9 @@ LOGITS = {
     "wide": dict(shape=WIDE, dtype=BF16, bounds=UNEQUAL, stats=STATS),
     "wide, sum, shift": dict(shape=WIDE, dtype=BF16, bounds=UNEQUAL, reduction="sum", shift=True),
     "float32": dict(shape=SMALL, dtype=torch.float32, bounds=SMALL_BOUNDS, stats=STATS),
-    "float64": dict(shape=SMALL, dtype=torch.float64, bounds=SMALL_BOUNDS, stats=STATS),
+    "float64": dict(
+        shape=SMALL, dtype=torch.float64, bounds=SMALL_BOUNDS, stats=STATS, backend="torch"
+    ),
     "tokens": dict(
         shape=SMALL, dtype=torch.float32, bounds=SMALL_BOUNDS, function="fused_token_logprob"
     ),
@@ -80,13 +89,14 @@ HEADS = {
         logit_scale=1.5,
         temperature=0.8,
     ),
-    "float64": dict(shape=SMALL_HEAD, dtype=torch.float64, bounds=SMALL_BOUNDS),
+    "float64": dict(shape=SMALL_HEAD, dtype=torch.float64, bounds=SMALL_BOUNDS, backend="torch"),
     "autocast": dict(
         shape=SMALL_HEAD, dtype=torch.float32, bounds=SMALL_BOUNDS, under_autocast=True
     ),
 }
 # Shards that end where tiles do.
-ALIGNED = dict(shape=(3, 6, 24, 3 * 4096 + 77), bounds=[0, 4096, 2 * 4096, 3 * 4096, 3 * 4096 + 77])
+ALIGNED_BOUNDS = [0, TILE_V, 2 * TILE_V, 3 * TILE_V, 3 * TILE_V + 77]
+ALIGNED = dict(shape=(3, 6, 24, ALIGNED_BOUNDS[-1]), bounds=ALIGNED_BOUNDS)
 MISMATCHES = [
     "shape", "labels", "mask", "dtype", "temperature", "stats", "overlap", "gap",
 ]  # fmt: skip
@@ -109,9 +119,12 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def results(seed: int) -> list[dict[str, Any]]:
-    """By rank, what each case returned there. Processes are started once."""
-    every = {f"logits, {name}": Case(cases.logits_case, case) for name, case in LOGITS.items()}
+def results(seed: int, device: torch.device) -> list[dict[str, Any]]:
+    """By rank, what each case returned there. Processes are started once. The benchmark's own case
+    is about bytes, and is on the CPU."""
+    every = {
+        f"logits, {name}": Case(cases.logits_case, dict(case)) for name, case in LOGITS.items()
+    }
     for name, case in HEADS.items():
         for is_trained in (True, False):
             options = {**case, "is_trained": is_trained}
@@ -124,7 +137,6 @@ def results(seed: int) -> list[dict[str, Any]]:
         every[f"mismatch, {kind}"] = Case(cases.mismatch_case, dict(kind=kind, wrong_rank=2))
     if HAS_TRITON:
         every["splits"] = Case(cases.splits_case, dict(stats=STATS))
-    every["benchmark"] = Case(ways.measure, dict(batch=BENCHMARK, ways=list(ways.WAYS)))
     every["out of vocabulary"] = Case(cases.out_of_vocabulary_case, {})
     for stage in ("forward", "backward"):
         options = dict(stage=stage, wrong_rank=1)
@@ -135,11 +147,10 @@ def results(seed: int) -> list[dict[str, Any]]:
             every[f"peak, {kind}, {is_sharded}"] = Case(cases.peak_case, options)
     every["create_graph"] = Case(cases.create_graph_case, {})
     every["missing"] = Case(cases.missing_rank_case, dict(wrong_rank=0, timeout_s=1.5))
+    for case in every.values():
+        case.options["device"] = device
+    every["benchmark"] = Case(ways.measure, dict(batch=BENCHMARK, ways=list(ways.WAYS)))
     return run_processes(cases.run, SIZE, every, seed)
-
-
-def of_ranks(results: list[dict[str, Any]], name: str) -> list[Any]:
-    return [of_rank[name] for of_rank in results]
 
 
 def assert_same_everywhere(ranks: list[dict[str, Any]]) -> None:
@@ -171,7 +182,7 @@ def compare(case: dict[str, Any], value: Tensor, stats: Any, run: Any, what: str
 
 
 @pytest.mark.parametrize("name", LOGITS)
-def test_logits_in_shards(results, seed, name):
+def test_logits_in_shards(results, seed, name, device):
     case = dict(LOGITS[name])
     ranks = of_ranks(results, f"logits, {name}")
     assert_same_everywhere(ranks)
@@ -188,17 +199,19 @@ def test_logits_in_shards(results, seed, name):
     if is_packed:
         case["cu_seqlens"] = torch.arange(shape[0] + 1) * shape[1]
         logits, labels, mask = logits.flatten(0, 1), labels.flatten(), mask.flatten()
-    case.pop("padding", 0)
-    case.pop("inplace_backward", False)
+    for option in ("padding", "inplace_backward", "backend"):
+        case.pop(option, None)
     function = getattr(reference, case.pop("function", "fused_seq_logprob").removeprefix("fused_"))
     grads = {}
 
     def run(of_dtype: torch.dtype) -> tuple[Tensor, Any]:
-        leaf = logits.to(of_dtype).requires_grad_()
-        value = function(leaf, labels, mask, **case)
+        where = "cpu" if of_dtype == torch.float64 else device
+        leaf = logits.to(where, of_dtype).requires_grad_()
+        options = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in case.items()}
+        value = function(leaf, labels.to(where), mask.to(where), **options)
         value, stats = value if "stats" in case else (value, {})
-        grads[of_dtype] = torch.autograd.grad(value, leaf, cases.upstream_of(value))[0]
-        return value.detach(), stats
+        grads[of_dtype] = torch.autograd.grad(value, leaf, cases.upstream_of(value))[0].cpu()
+        return value.detach().cpu(), {name: stat.cpu() for name, stat in stats.items()}
 
     compare(case, ranks[0]["value"], ranks[0]["stats"], run, name)
     grad = drop_padding([rank["grad"] for rank in ranks], bounds, order, -1)
@@ -208,7 +221,7 @@ def test_logits_in_shards(results, seed, name):
 
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("name", HEADS)
-def test_head_in_shards(results, seed, name, is_trained):
+def test_head_in_shards(results, seed, name, is_trained, device):
     """Beside the whole head without a group, whose own error is the allowance for products."""
     case = dict(HEADS[name])
     ranks = of_ranks(results, f"head, {name}, {is_trained}")
@@ -222,8 +235,10 @@ def test_head_in_shards(results, seed, name, is_trained):
     under_autocast = case.pop("under_autocast", False)
     product_dtype = BF16 if under_autocast else dtype
     exact = differentiate(_double(tensors, product_dtype), case, is_trained, whole=False)
-    with torch.autocast("cpu", enabled=under_autocast):
-        whole = differentiate(tensors, case, is_trained, whole=True)
+    with torch.autocast(device.type, BF16, enabled=under_autocast):
+        whole = differentiate(
+            cases.Head(*(x.to(device) for x in tensors)), case, is_trained, whole=True
+        )
 
     # The wider of twice our own error on one rank, and of roundings of the products' dtype.
     def check(result: Tensor, one_rank: Tensor, truth: Tensor, what: str) -> None:
@@ -257,32 +272,38 @@ def _double(tensors: cases.Head, dtype: torch.dtype) -> cases.Head:
 def differentiate(
     tensors: cases.Head, options: dict[str, Any], is_trained: bool, whole: bool
 ) -> dict[str, Any]:
-    """Value, stats and gradients of the whole head: by our own path, or by the reference."""
+    """Value, stats and gradients of the whole head, on the CPU: by our own path, or by the
+    reference."""
     hidden, weight, bias = (x.clone() for x in tensors[:3])
     asked = [hidden, weight, bias] if is_trained else [hidden]
     for x in asked:
         x.requires_grad_()
-    options = {k: v for k, v in options.items() if whole or k != "tile_bytes"}
+    options = {k: v for k, v in options.items() if whole or k not in ("tile_bytes", "backend")}
     if whole:
         value = fused_linear_seq_logprob(hidden, weight, *tensors[3:], bias=bias, **options)
     else:
         value = reference.seq_logprob(F.linear(hidden, weight, bias), *tensors[3:], **options)
     value, stats = value if "stats" in options else (value, {})
     grads = torch.autograd.grad(value, asked, cases.upstream_of(value))
-    return dict(value=value.detach(), stats=stats, grads=grads)
+    return dict(
+        value=value.detach().cpu(),
+        stats={name: stat.cpu() for name, stat in stats.items()},
+        grads=[grad.cpu() for grad in grads],
+    )
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
 def test_shards_that_end_where_tiles_do_have_the_bits_of_the_whole(
-    results, seed, dtype, is_trained
+    results, seed, dtype, is_trained, device
 ):
     ranks = of_ranks(results, f"aligned, {dtype}, {is_trained}")
     torch.manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as there: a product's order of sums may depend on it
     try:
-        whole = differentiate(cases.head(*ALIGNED["shape"], dtype), {}, is_trained, whole=True)
+        tensors = cases.head(*ALIGNED["shape"], dtype, device)
+        whole = differentiate(tensors, {}, is_trained, whole=True)
     finally:
         torch.set_num_threads(threads)
     for rank in ranks:
@@ -304,8 +325,8 @@ def test_shards_that_end_where_splits_do_have_the_bits_of_the_whole(results):
 
 
 @pytest.mark.parametrize("name", LOGITS)
-def test_bytes_for_logits(results, seed, name):
-    """8 bytes a scored token and split (here one) for the partials, 4 for the target, 4 for each
+def test_bytes_for_logits(results, seed, name, device):
+    """8 bytes per scored token and split for the partials, 4 for the target, 4 per split for each
     stat; nothing in the backward pass."""
     case = LOGITS[name]
     torch.manual_seed(seed)
@@ -314,9 +335,18 @@ def test_bytes_for_logits(results, seed, name):
         mask = mask[:, 1:]
     num_scored, stats = int(mask.count_nonzero()), len(set(case.get("stats", ())) & set(STATS[2:]))
     word = 8 if case["dtype"] == torch.float64 else 4
-    for rank in of_ranks(results, f"logits, {name}"):
-        assert rank["sent"] == (1024, word * ((3 + stats) * num_scored + 1), 0)
-        assert rank["sent_back"] == (0, 0, 0)
+    stages = resolve_backend(case.get("backend", "auto"), device, case["dtype"])
+    for rank, result in enumerate(of_ranks(results, f"logits, {name}")):
+        splits = stages.num_splits(width_of(case, rank))
+        numbers = num_scored * ((2 + stats) * splits + 1) + 1
+        assert result["sent"] == (1024, word * numbers, 0)
+        assert result["sent_back"] == (0, 0, 0)
+
+
+def width_of(case: dict[str, Any], rank: int) -> int:
+    """Columns of a rank's shard."""
+    number = case.get("order", range(SIZE))[rank]
+    return int(case["bounds"][number + 1] - case["bounds"][number])
 
 
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
@@ -332,8 +362,7 @@ def test_bytes_for_hidden_states(results, seed, name, is_trained):
     num_scored, stats = int(mask.count_nonzero()), len(set(case.get("stats", ())) & set(STATS[2:]))
     word = 8 if case["dtype"] == torch.float64 else 4
     for rank, result in enumerate(of_ranks(results, f"head, {name}, {is_trained}")):
-        number = case.get("order", range(SIZE))[rank]
-        splits = -(-(case["bounds"][number + 1] - case["bounds"][number]) // 4096)
+        splits = num_splits(width_of(case, rank))
         numbers = num_scored * ((2 + stats) * splits + 1) + 1
         assert result["sent"] == (1024, word * numbers, 0)
         assert result["sent_back"] == (1024, 0, word * num_scored * case["shape"][2])
@@ -345,15 +374,15 @@ def test_bytes_for_hidden_states(results, seed, name, is_trained):
 def test_the_benchmarks_model_has_the_bytes_that_are_sent(results, name):
     ranks = of_ranks(results, "benchmark")
     num_scored = ranks[0][name]["num_scored"]
-    step = parallel_model.Step(num_scored, BENCHMARK.hidden_size, BENCHMARK.vocab_size)
-    cost = parallel_model.cost(name, step, SIZE)
+    step = model.Step(num_scored, BENCHMARK.hidden_size, BENCHMARK.vocab_size)
+    cost = model.cost(name, step, SIZE)
     num_tokens = BENCHMARK.batch * BENCHMARK.seq_len
     for rank in ranks:
         assert torch.equal(rank[name]["values"], ranks[0][name]["values"])
         assert rank[name]["error"] < 0.05
         assert rank[name]["calls"] == cost.collectives
         sent, sent_back = rank[name]["forward"], rank[name]["backward"]
-        if name == ways.OURS:
+        if name == OURS:
             assert sent == cost.forward_bytes + (SIZE - 1) * 4  # a status
             assert sent_back == cost.backward_bytes
         else:  # they reduce the gradient of all hidden states

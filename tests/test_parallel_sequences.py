@@ -8,7 +8,7 @@ import sequence_cases as cases
 import torch
 import torch.nn.functional as F
 from batches import assert_within_budget
-from parallel_cases import Case
+from parallel_cases import Case, of_ranks
 from processes import run_processes
 from torch import Tensor
 
@@ -24,7 +24,7 @@ SEQUENCES = {
     "sum": dict(dtype=F32, reduction="sum"),
     "packed": dict(dtype=F32, is_packed=True),
     "bfloat16": dict(dtype=BF16, temperature=0.7),
-    "float64": dict(dtype=F64),
+    "float64": dict(dtype=F64, backend="torch"),
 }
 # 203 = 3 * 51 + 50: torch.chunk's last shard is narrower.
 DTENSORS = (3, 5, 203)
@@ -38,7 +38,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def results(seed: int) -> list[dict[str, Any]]:
+def results(seed: int, device: torch.device) -> list[dict[str, Any]]:
     every = {}
     for name, case in SEQUENCES.items():
         options = {**case, "shape": SHAPE, "bounds": BOUNDS}
@@ -61,11 +61,9 @@ def results(seed: int) -> list[dict[str, Any]]:
         every[name] = Case(cases.data_parallel_case, options)
     every["frees"] = Case(cases.frees_the_whole_head_case, {})
     every["placements"] = Case(cases.placement_errors_case, {})
+    for case in every.values():
+        case.options["device"] = device
     return run_processes(parallel_cases.run, SIZE, every, seed)
-
-
-def of_ranks(results: list[dict[str, Any]], name: str) -> list[Any]:
-    return [of_rank[name] for of_rank in results]
 
 
 def of_whole(
@@ -87,12 +85,12 @@ def assert_near(found: list[Tensor], leaves: list[Tensor], function: Any) -> Non
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_sequences_in_shards(results, seed, name):
+def test_sequences_in_shards(results, seed, name, device):
     case = dict(SEQUENCES[name])
     ranks = of_ranks(results, f"sequences, {name}")
     torch.manual_seed(seed)
     logits, labels, mask = parallel_cases.inputs(*SHAPE, case.pop("dtype"))
-    is_packed = case.pop("is_packed", False)
+    is_packed, backend = case.pop("is_packed", False), case.pop("backend", "auto")
     for rank in ranks:
         assert torch.equal(rank["value"], ranks[0]["value"])
         assert torch.equal(rank["stats"]["lengths"], ranks[0]["stats"]["lengths"])
@@ -111,8 +109,13 @@ def test_sequences_in_shards(results, seed, name):
         [logits],
         lambda logits: reference.seq_logprob(logits, labels, mask, **case),
     )
-    one_rank = fused_seq_logprob(logits, labels, mask, stats=("token_logps",), **case)[1]
-    assert torch.equal(whole([r["stats"]["token_logps"] for r in ranks]), one_rank["token_logps"])
+    one_rank = fused_seq_logprob(
+        *(x.to(device) for x in (logits, labels, mask)),
+        stats=("token_logps",),
+        backend=backend,
+        **case,
+    )[1]["token_logps"].cpu()
+    assert torch.equal(whole([r["stats"]["token_logps"] for r in ranks]), one_rank)
 
 
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
@@ -201,7 +204,7 @@ def test_tensor_parallel_head(results, seed, is_trained):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_data_parallel_head(results, seed, name):
+def test_data_parallel_head(results, seed, name, device):
     """The bits of one process for the values; the gradient of the weight is the ranks' average."""
     ranks = of_ranks(results, name)
     batch, *rest = HEAD
@@ -211,7 +214,7 @@ def test_data_parallel_head(results, seed, name):
     reference.seq_logprob(F.linear(hidden.double(), exact), labels, mask).sum().backward()
     rough = weight.clone().requires_grad_()
     reference.seq_logprob(F.linear(hidden, rough), labels, mask).sum().backward()
-    values = fused_linear_seq_logprob(hidden, weight, labels, mask)
+    values = fused_linear_seq_logprob(*(x.to(device) for x in (hidden, weight, labels, mask))).cpu()
     assert torch.allclose(torch.cat([rank["value"] for rank in ranks]), values, rtol=1e-6)
     for rank in ranks:
         assert_within_budget(rank["weight_grad"], rough.grad / SIZE, exact.grad / SIZE, name)

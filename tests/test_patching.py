@@ -2,10 +2,12 @@
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 import pytest
 
+from dpo_triton.integrations import _patching
 from dpo_triton.integrations._patching import Integration, Replacement
 
 FILES = {
@@ -204,17 +206,83 @@ def test_an_unknown_version_is_refused(tested, standin):
     assert standin.trainer.train() == "theirs"
 
 
+def test_a_refusal_names_the_option(standin):
+    with pytest.raises(RuntimeError, match=r'or pass untested="warn" to have it taken for 1\.1'):
+        integration(tested=("1.1", "1.3")).enable()
+    with pytest.raises(ValueError, match=r'untested must be "refuse" or "warn", got \'ignore\''):
+        integration(tested=("1.1", "1.3")).enable(untested="ignore")
+
+
+def test_an_untested_version_with_a_warning(standin, monkeypatch):
+    """It is taken for the newest tested one before it, warned of once, and checked as ever."""
+    monkeypatch.setattr(_patching, "_warned", set())
+    replacements = (
+        Replacement("standin.core", "score", score, versions=("1.2.0",)),
+        Replacement("standin.core", "gone", score, versions=("1.1.9", "1.3", "1.10")),
+    )
+    untested = integration(*replacements, tested=("1.10", "1.2.0", "1.1.9", "1.3"))
+    with pytest.warns(UserWarning, match=r"1\.2\.3\.post1\+cpu was .* taken for 1\.2\.0") as caught:
+        undo = untested.enable(untested="warn")
+    assert [warning.filename for warning in caught] == [__file__]
+    assert standin.trainer.train() == "ours"
+    undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with untested.fused(untested="warn"):
+            assert standin.trainer.train() == "ours"
+    assert standin.trainer.train() == "theirs"
+    wrong = integration(Replacement("standin.core", "score", more), tested=("1.3",))
+    with pytest.raises(RuntimeError, match=r"takes \(logits, labels, scale=1\.0\), and"):
+        wrong.enable(untested="warn")
+    assert standin.trainer.train() == "theirs"
+
+
+def test_a_with_block_warns_where_it_stands(standin, monkeypatch):
+    monkeypatch.setattr(_patching, "_warned", set())
+    with (
+        pytest.warns(UserWarning, match="taken for 2") as caught,
+        integration(tested=("2.0", "3.1")).fused(untested="warn"),
+    ):
+        pass
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_tested_version_gives_no_warning(standin):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        integration().enable(untested="warn")()
+
+
 def test_a_framework_that_is_not_there_is_refused():
     with pytest.raises(ModuleNotFoundError, match=r"Stand-in is not installed.*'standin'.*1\.2\.3"):
         integration().enable()
 
 
-def more(logits: Any, labels: Any, scale: float = 1.0, more: int = 0) -> str:
+def more(logits: Any, labels: Any, more: int, scale: float = 1.0) -> str:
+    return "ours"
+
+
+def fewer(logits: Any, labels: Any) -> str:
     return "ours"
 
 
 def other_default(logits: Any, labels: Any, scale: float = 2.0) -> str:
     return "ours"
+
+
+def moved(labels: Any, *, chunk_size: int = 0, scale: float = 1.0, logits: Any) -> Any:
+    return logits, labels, scale, chunk_size
+
+
+def test_parameters_go_by_name(standin):
+    """A framework's next version may lose a parameter, or order them anew."""
+    with integration(Replacement("standin.core", "score", moved)).fused():
+        assert standin.trainer.train() == (1, 2, 1.0, 0)
+        assert standin.core.score(1, scale=3.0, labels=2) == (1, 2, 3.0, 0)
+        with pytest.raises(TypeError):
+            standin.core.score(1, 2, 3.0, 4)
+        with pytest.raises(TypeError):
+            standin.core.score(1, logits=1, labels=2)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +291,7 @@ def other_default(logits: Any, labels: Any, scale: float = 2.0) -> str:
         (Replacement("standin.core", "gone", score), r"no standin\.core\.gone.*tested.*1\.2\.3"),
         (Replacement("standin.core:Gone", "logps", logps), r"no standin\.core:Gone\.logps"),
         (Replacement("standin.core", "score", more), r"takes \(logits, labels, scale=1\.0\), and"),
+        (Replacement("standin.core", "score", fewer), r"takes \(logits, labels\); the tested"),
         (Replacement("standin.core", "score", other_default), r"scale=2\.0\); the tested"),
         (Replacement("standin.head", "Head", logps), r"takes \(hidden, scale=1\.0\), and"),
     ],

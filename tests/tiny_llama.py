@@ -13,8 +13,22 @@ CHAT = (
 
 def save_tiny_llama(folder: Path, *, vocab_size: int | None = None) -> Path:
     """Write model and tokenizer; the model's vocabulary is the tokenizer's by default."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    save_tokenizer(folder)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vocab_size = vocab_size or 1 + len(WORDS.split())
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocab_size, initializer_range=0.5, **sizes)
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Write the tokenizer alone: a token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     vocab = {word: i for i, word in enumerate(["<unk>", *WORDS.split()])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -26,8 +40,4 @@ def save_tiny_llama(folder: Path, *, vocab_size: int | None = None) -> Path:
         eos_token="<end>",
         chat_template=CHAT,
     ).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=vocab_size or len(vocab), initializer_range=0.5, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
     return folder

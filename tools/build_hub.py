@@ -62,8 +62,10 @@ def _build_variant(backend: str, version: str, root: Path, out: Path) -> Path:
     variant = out / "build" / f"torch-{backend}"
     if variant.exists():
         shutil.rmtree(variant)
-    ignore = shutil.ignore_patterns(*LEFT_OUT)
-    shutil.copytree(root / PACKAGE, variant, ignore=ignore)  # the link kernels/ becomes a folder
+    ignore = shutil.ignore_patterns(*LEFT_OUT, "kernels")
+    shutil.copytree(root / PACKAGE, variant, ignore=ignore)
+    # dpo_triton/kernels is a link, which a zip or a checkout on Windows may not have.
+    shutil.copytree(root / "kernels", variant / "kernels", ignore=shutil.ignore_patterns(*LEFT_OUT))
     digests = {
         path.relative_to(variant).as_posix(): hashlib.sha256(path.read_bytes()).digest()
         for path in sorted(variant.rglob("*"))

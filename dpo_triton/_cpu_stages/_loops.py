@@ -459,7 +459,11 @@ def combine_sequences(
     sequences have seq_len tokens."""
     target, weights = view(target, num_tokens, scale), view(weights, num_tokens, scale)
     values, lengths = view(values, num_sequences, scale), view(lengths, num_sequences, scale)
-    logps, sums, token_stats = view(logps, 1, scale), view(sums, 1, scale), view(token_stats, 1, scale)
+    logps, sums, token_stats = (
+        view(logps, 1, scale),
+        view(sums, 1, scale),
+        view(token_stats, 1, scale),
+    )
     rows = softmax_rows(softmax, pitch, scale)
     is_packed, ends = cu_seqlens != 0, view(cu_seqlens, num_sequences + 1, 0)
     limit = 2.0 ** (30 if target.itemsize == 4 else 59)
@@ -538,7 +542,14 @@ def grad_rows(
                 if softcap is not None and 0 <= y < size:  # its own, before u is overwritten
                     chain = chain_of(tanh(number(x[y]) * (logit_scale / softcap)), logit_scale)
                 gradient_of_others(
-                    x, size, u, scale[n], reference[n], -coefficient * share[n], logit_scale, softcap
+                    x,
+                    size,
+                    u,
+                    scale[n],
+                    reference[n],
+                    -coefficient * share[n],
+                    logit_scale,
+                    softcap,
                 )
                 if 0 <= y < size:
                     u[y] = coefficient * complement[n] * chain

@@ -1,8 +1,8 @@
 """The head in tiles: products of hidden states and weight around the three stages.
 
-A tile is the logits of some scored rows and TILE_V columns. Columns are walked outside and rows
-inside, so that the weight is read once, its gradient is written once, and what is summed over tiles
-is no larger than the hidden states. Rows that are not scored are dropped first.
+A tile is the logits of some scored rows and `Backend.tile_width` columns. Columns are walked
+outside and rows inside, so that the weight is read once, its gradient is written once, and what is
+summed over tiles is no larger than the hidden states. Rows that are not scored are dropped first.
 
     forward     tile = hidden @ weight[columns].T -> partials -> combine
     backward    tile again, unless it was kept    -> grad -> three products:
@@ -17,17 +17,6 @@ arXiv:2205.14135), and the target's column is left out of them: its part keeps i
                                        - sum over j != y of p[n, j] * weight[j])
 """
 
-from ._operators import linear_grad, linear_partials
-from ._tiles import TILE_V, Columns, num_splits
-from .grad import head_grad
-from .partials import head_partials
+from ._autograd import Head
 
-__all__ = [
-    "TILE_V",
-    "Columns",
-    "head_grad",
-    "head_partials",
-    "linear_grad",
-    "linear_partials",
-    "num_splits",
-]
+__all__ = ["Head"]

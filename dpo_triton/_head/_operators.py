@@ -1,93 +1,77 @@
-"""Both passes as torch.library operators: `linear_partials` and `linear_grad`."""
+"""Both passes of the head as operators: `linear_logprob` and `linear_logprob_grad`."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._ops import NAMESPACE, SCALING, forbid_double_backward
-from .._weights import sum_dtype
-from ._tiles import Columns, kept_numel, num_splits
-from .grad import head_grad
-from .partials import head_partials
+from .._backends import resolve_backend
+from .._ops import SCALING, TOKENS, register, scaling_of
+from .._records import Columns, Combined, Scored, Tokens, sum_dtype
+from ._tiles import Plan, Weights
+from .backward import Saved, head_backward
+from .forward import head_forward
 
-_PRODUCTS = "Tensor hidden, Tensor weight, Tensor? bias"
-_PARTIALS = (
-    f"({_PRODUCTS}, Tensor labels, Tensor? mask, Tensor? cu_seqlens, bool shift, "
-    f"int ignore_index, {SCALING}, str[] stats, ScalarType dtype, int tile_bytes, "
-    "bool keep_tiles, bool make_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_GRAD = (
-    f"(Tensor grad_logps, {_PRODUCTS}, Tensor labels, Tensor weights, Tensor complement, "
-    f"Tensor reference, Tensor share, Tensor kept, Tensor unit_grad, bool shift, {SCALING}, "
-    "ScalarType dtype, int tile_bytes, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
-)
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+_PLAN = "ScalarType dtype, SymInt tile_bytes, bool[] needs, str backend"
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_partials", mutates_args=(), schema=_PARTIALS)
-def linear_partials(
-    hidden: Tensor, weight: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Partials (C, K, N), targets (N,) and weights (B, T) as those of `partials`; logits that
-    linear_grad need not make again, flat; with make_grad d logp / d hidden, (N, H), else empty."""
-    every = Columns(0, weight.shape[0], weight.shape[0])
-    return head_partials(hidden, weight, *inputs, columns=every, gather=lambda *sums: sums)
+def _resolved(hidden: Tensor, plan: Sequence[Any]) -> Plan:
+    asked = Plan(*plan)
+    return asked._replace(backend=resolve_backend(asked.backend, hidden.device, asked.dtype).name)
 
 
-@linear_partials.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    stats: Sequence[str],
-    dtype: torch.dtype,
-    tile_bytes: int,
-    keep_tiles: bool,
-    make_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_tokens, vocab_size = labels.numel(), weight.shape[0]
-    num_kept = kept_numel(num_tokens, vocab_size, tile_bytes, dtype) if keep_tiles else 0
-    weights = labels.new_empty(labels.shape, dtype=sum_dtype(dtype))
+def _linear_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
+) -> tuple[Tensor, ...]:
+    """A Combined, and weights (B, T); logits that the backward pass need not make again, flat; and
+    d logp / d hidden, (N, H), if the plan makes it, else empty."""
+    tokens, scaling = Tokens(*inputs[:5]), scaling_of(*inputs[5:9])
+    reduction, stats, *plan = inputs[9:]
+    columns = Columns.all_of(weight.shape[0])
+    inputs = (Weights(hidden, weight, bias), tokens, columns, scaling, reduction, tuple(stats))
+    done = head_forward(*inputs, _resolved(hidden, plan))
+    return *done.combined, *done[1:]
+
+
+def _fake_linear_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
+) -> tuple[Tensor, ...]:
+    tokens, (reduction, stats, *rest) = Tokens(*inputs[:5]), inputs[9:]
+    plan, num_tokens = _resolved(hidden, rest), tokens.labels.numel()
+    weights = tokens.labels.new_empty(tokens.labels.shape, dtype=sum_dtype(plan.dtype))
     return (
-        weights.new_empty((2 + len(stats), num_splits(vocab_size), num_tokens)),
-        weights.new_empty(num_tokens),
+        *Combined.empty(weights, tokens.num_sequences(reduction), len(stats)),
         weights,
-        hidden.new_empty(num_kept, dtype=dtype),
-        weights.new_empty((num_tokens, hidden.shape[-1]) if make_grad else 0),
+        hidden.new_empty(plan.kept_numel(num_tokens, weight.shape[0]), dtype=plan.dtype),
+        weights.new_empty((num_tokens, hidden.shape[-1]) if plan.makes_grad else 0),
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_grad", mutates_args=(), schema=_GRAD)
-def linear_grad(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, *inputs: Any
+def _linear_logprob_grad(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each empty if `needs` does not ask for it.
 
     grad_logps is (B, T), of any strides, and not read where a token is not scored.
     """
-    every = Columns(0, weight.shape[0], weight.shape[0])
-    return head_grad(grad_logps, hidden, weight, *inputs, columns=every, sum_=None)
+    labels, weights, shift, softmax, kept = inputs[:5]
+    return head_backward(
+        grad_logps,
+        Weights(hidden, weight, bias),
+        Saved(Scored(labels, weights, shift), softmax, kept),
+        Columns.all_of(weight.shape[0]),
+        scaling_of(*inputs[5:9]),
+        _resolved(hidden, inputs[9:]),
+    )
 
 
-@linear_grad.register_fake
-def _(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *inputs: Any,
+def _fake_linear_logprob_grad(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs_hidden, needs_weight, needs_bias = inputs[-2]
+    needs_hidden, needs_weight, needs_bias = Plan(*inputs[9:]).needs
     bias_dtype = inputs[1].dtype if bias is None else bias.dtype
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
@@ -96,4 +80,65 @@ def _(
     )
 
 
-forbid_double_backward(f"{NAMESPACE}::linear_grad")
+linear_logprob = register(
+    f"linear_logprob({_HEAD}, {TOKENS}, {SCALING}, str reduction, str[] stats, {_PLAN})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_logprob,
+    _fake_linear_logprob,
+)
+linear_logprob_grad = register(
+    f"linear_logprob_grad(Tensor grad_logps, {_HEAD}, Tensor labels, Tensor weights, bool shift, "
+    f"Tensor softmax, Tensor kept, {SCALING}, {_PLAN}) -> (Tensor, Tensor, Tensor)",
+    _linear_logprob_grad,
+    _fake_linear_logprob_grad,
+)
+
+
+def _product_flops(hidden_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
+    """Of one product of all rows: how many are scored, shapes do not say."""
+    rows = 1
+    for size in hidden_shape[:-1]:
+        rows *= size
+    return 2 * rows * weight_shape[0] * weight_shape[1]
+
+
+# What the model needs, not what is made again, as model FLOPs are counted.
+def _forward_flops(
+    hidden_shape: Sequence[int], weight_shape: Sequence[int], *inputs: Any, **kwargs: Any
+) -> int:
+    makes_grad = Plan(*inputs[-4:]).makes_grad
+    return _product_flops(hidden_shape, weight_shape) * (2 if makes_grad else 1)
+
+
+def _backward_flops(
+    grad_shape: Sequence[int], hidden_shape: Sequence[int], weight_shape: Sequence[int],
+    *inputs: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    needs_hidden, needs_weight, _ = Plan(*inputs[-4:]).needs
+    return _product_flops(hidden_shape, weight_shape) * (needs_hidden + needs_weight)
+
+
+@functools.cache
+def count_flops() -> None:
+    """Tell PyTorch's FlopCounterMode of the products; its module imports Triton, and so is not
+    imported here. A mode that is active already made a copy of the formulas."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils.flop_counter import register_flop_formula
+
+    for operator, formula in (
+        (linear_logprob, _forward_flops),
+        (linear_logprob_grad, _backward_flops),
+    ):
+        packet = operator.overloadpacket
+        counted = register_flop_formula(packet, get_raw=True)(_of_shapes(formula))
+        for mode in _get_current_dispatch_mode_stack():
+            counter = getattr(mode, "counter", mode)
+            getattr(counter, "flop_registry", {})[packet] = counted
+
+
+def _of_shapes(formula: Any) -> Any:
+    def counted(*inputs: Any, **kwargs: Any) -> int:
+        shapes = [x.shape if isinstance(x, Tensor) else x for x in inputs]
+        return int(formula(*shapes))
+
+    return counted

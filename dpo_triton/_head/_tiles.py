@@ -6,18 +6,55 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Columns of a tile: a constant, so that a row's sums end where they do in any other batch. Wide
-# enough for a matrix product, and so narrow that thousands of rows fit into a tile.
-TILE_V = 4096
+from .._backends import backend_named
+from .._records import Columns, Partials, Tokens
 
 
-class Columns(NamedTuple):
-    """Which columns of a vocabulary a head makes: `width` from `first` on, of `vocab_size`. What
-    rows its weight has beyond them are padding."""
+class Weights(NamedTuple):
+    """What the logits are made of: hidden @ weight.T + bias."""
 
-    first: int
-    width: int
-    vocab_size: int
+    hidden: Tensor  # (B, T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+class Plan(NamedTuple):
+    """How the two passes of a call go."""
+
+    dtype: torch.dtype  # of the products, and so of the logits
+    tile_bytes: int  # memory for logits
+    needs: tuple[bool, bool, bool]  # whether hidden, weight and bias require a gradient
+    backend: str
+
+    @property
+    def head_trains(self) -> bool:
+        return self.needs[1] or self.needs[2]
+
+    @property
+    def makes_grad(self) -> bool:
+        """Whether the gradient of hidden is made in the forward pass."""
+        return self.needs[0] and not self.head_trains
+
+    def tile_width(self, num_columns: int) -> int:
+        return min(backend_named(self.backend).tile_width, num_columns)
+
+    def rows_in(self, num_columns: int) -> int:
+        """Rows of a tile that takes no more than tile_bytes, at least one."""
+        return max(1, self.tile_bytes // (self.tile_width(num_columns) * self.dtype.itemsize))
+
+    def kept_numel(self, num_tokens: int, num_columns: int) -> int:
+        """Logits to keep for the backward pass: what tile_bytes leave beside one tile."""
+        if not self.head_trains:
+            return 0
+        height = min(num_tokens, self.rows_in(num_columns))
+        room = self.tile_bytes // self.dtype.itemsize - height * self.tile_width(num_columns)
+        return max(0, min(room, num_tokens * num_columns))
+
+    def num_splits(self, num_columns: int) -> int:
+        """Entries of the partials for each token: those of all tiles."""
+        width, splits = self.tile_width(num_columns), backend_named(self.backend).num_splits
+        whole, rest = divmod(num_columns, width)
+        return whole * splits(width) + (splits(rest) if rest else 0)
 
 
 class Rows(NamedTuple):
@@ -26,15 +63,36 @@ class Rows(NamedTuple):
     tokens: Tensor  # (M,) int64: their places among labels
     places: Tensor  # (M,) int64: those of the hidden states that score them
     hidden: Tensor  # (M, H) in the dtype of the products
-    labels: Tensor  # (M,)
-    weights: Tensor  # (M,)
+    labels: Tensor  # (1, M)
+    weights: Tensor  # (1, M)
+
+    @property
+    def number(self) -> int:
+        return self.tokens.shape[0]
+
+    def as_tokens(self, rows: slice) -> Tokens:
+        """Some of them, as the first stage takes them."""
+        return Tokens(self.labels[:, rows], self.weights[:, rows], None, False, -1)
+
+
+def scored_rows(hidden: Tensor, labels: Tensor, weights: Tensor, shift: bool, plan: Plan) -> Rows:
+    """The scored tokens. Their number is a shape: a GPU is waited for here."""
+    tokens = weights.flatten().nonzero().squeeze(1)
+    places = tokens - int(shift)
+    return Rows(
+        tokens,
+        places,
+        hidden.reshape(-1, hidden.shape[-1]).index_select(0, places).to(plan.dtype),
+        labels.flatten().index_select(0, tokens)[None],
+        weights.flatten().index_select(0, tokens)[None],
+    )
 
 
 class Tile(NamedTuple):
-    split: int  # which columns, counted
     columns: slice
     rows: slice
-    logits: Tensor  # (R, C): room for them, not filled yet
+    splits: slice  # of the partials
+    logits: Tensor  # (1, R, C): room for them, not filled yet
     is_kept: bool  # from the forward pass to the backward
 
 
@@ -45,95 +103,74 @@ class Tiles:
     small batch are all there in the backward pass, those of a large one are made again.
     """
 
-    def __init__(
-        self, num_rows: int, vocab_size: int, tile_bytes: int, kept: Tensor, dtype: torch.dtype
-    ) -> None:
-        self.num_rows, self.vocab_size, self.kept = num_rows, vocab_size, kept
-        self.width = min(TILE_V, vocab_size)
-        self.num_splits = num_splits(vocab_size)
-        self.num_blocks = -(-num_rows // rows_in(tile_bytes, vocab_size, dtype))
+    def __init__(self, num_rows: int, num_columns: int, plan: Plan, kept: Tensor) -> None:
+        self.num_rows, self.num_columns, self.kept = num_rows, num_columns, kept
+        self.splits = backend_named(plan.backend).num_splits
+        self.width = plan.tile_width(num_columns)
+        num_blocks = -(-num_rows // plan.rows_in(num_columns))
         # Blocks of one height: a product of the few rows that were left would be slow.
-        self.height = -(-num_rows // max(1, self.num_blocks))
-        self.scratch = torch.empty(self.height * self.width, dtype=dtype, device=kept.device)
+        height = max(1, -(-num_rows // max(1, num_blocks)))
+        self.blocks = [slice(lo, min(lo + height, num_rows)) for lo in range(0, num_rows, height)]
+        self.scratch = torch.empty(height * self.width, dtype=plan.dtype, device=kept.device)
 
     def __iter__(self) -> Iterator[Tile]:
-        remaining, offset = self.num_rows * self.vocab_size, 0
-        for split in range(self.num_splits):
-            columns = slice(split * TILE_V, min((split + 1) * TILE_V, self.vocab_size))
-            for block in range(self.num_blocks):
-                rows = slice(block * self.height, min((block + 1) * self.height, self.num_rows))
+        remaining, offset, first_split = self.num_rows * self.num_columns, 0, 0
+        for start in range(0, self.num_columns, self.width):
+            columns = slice(start, min(start + self.width, self.num_columns))
+            num_splits = self.splits(columns.stop - start)
+            splits = slice(first_split, first_split + num_splits)
+            first_split += num_splits
+            for rows in self.blocks:
                 is_kept = remaining <= self.kept.numel()
                 room = _room(self.kept[offset:] if is_kept else self.scratch, rows, columns)
-                yield Tile(split, columns, rows, room, is_kept)
+                yield Tile(columns, rows, splits, room, is_kept)
                 remaining -= room.numel()
                 offset += room.numel() * is_kept
 
     def room_like(self, tile: Tile) -> Tensor:
-        """(R, C) that no tile is kept in."""
+        """(1, R, C) that no tile is kept in."""
         return _room(self.scratch, tile.rows, tile.columns)
 
 
 def _room(flat: Tensor, rows: slice, columns: slice) -> Tensor:
-    shape = (rows.stop - rows.start, columns.stop - columns.start)
-    return flat[: shape[0] * shape[1]].view(shape)
+    shape = (1, rows.stop - rows.start, columns.stop - columns.start)
+    return flat[: shape[1] * shape[2]].view(shape)
 
 
-def rows_in(tile_bytes: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Rows of a tile that takes no more than tile_bytes, at least one."""
-    return max(1, tile_bytes // (min(TILE_V, vocab_size) * dtype.itemsize))
+def columns_of(tile: Tile, columns: Columns) -> Columns:
+    """Those of the vocabulary that a tile has."""
+    width = tile.columns.stop - tile.columns.start
+    return Columns(columns.first + tile.columns.start, width, columns.vocab_size)
 
 
-def num_splits(vocab_size: int) -> int:
-    """Entries of the partials for each token."""
-    return -(-vocab_size // TILE_V)
+def place_of(tile: Tile, partials: Partials) -> Partials:
+    """Where the partials of a tile belong."""
+    sums = partials.sums[:, tile.splits, tile.rows]
+    return Partials(sums, partials.target[tile.rows], partials.weights[:, tile.rows])
 
 
-def kept_numel(num_tokens: int, vocab_size: int, tile_bytes: int, dtype: torch.dtype) -> int:
-    """Logits to keep for the backward pass: what tile_bytes leave beside one tile."""
-    height = min(num_tokens, rows_in(tile_bytes, vocab_size, dtype))
-    room = tile_bytes // dtype.itemsize - height * min(TILE_V, vocab_size)
-    return max(0, min(room, num_tokens * vocab_size))
-
-
-def scored_rows(
-    hidden: Tensor, labels: Tensor, weights: Tensor, shift: bool, dtype: torch.dtype
-) -> Rows:
-    """The scored tokens. Their number is a shape: a GPU is waited for here."""
-    tokens = weights.flatten().nonzero().squeeze(1)
-    places = tokens - int(shift)
-    return Rows(
-        tokens,
-        places,
-        hidden.reshape(-1, hidden.shape[-1]).index_select(0, places).to(dtype),
-        labels.flatten().index_select(0, tokens),
-        weights.flatten().index_select(0, tokens),
-    )
-
-
-def fill_(tile: Tile, rows: Rows, weight: Tensor, bias: Tensor | None) -> None:
-    """Fill the tile with the logits of its rows and columns."""
-    dtype = tile.logits.dtype
-    hidden, of_columns = rows.hidden[tile.rows], weight[tile.columns].to(dtype).t()
-    if bias is None:
-        torch.mm(hidden, of_columns, out=tile.logits)
+def fill_(tile: Tile, hidden: Tensor, head: Weights) -> None:
+    """Fill the tile with the logits of its rows and columns; hidden is (M, H)."""
+    logits = tile.logits[0]
+    rows, of_columns = hidden[tile.rows], head.weight[tile.columns].to(logits.dtype).t()
+    if head.bias is None:
+        torch.mm(rows, of_columns, out=logits)
     else:
-        torch.addmm(bias[tile.columns].to(dtype), hidden, of_columns, out=tile.logits)
+        torch.addmm(head.bias[tile.columns].to(logits.dtype), rows, of_columns, out=logits)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     """total = a @ b if it is the first, total += a @ b if it is not; total may be float32 for
-    16-bit factors. A CPU's product of those is rounded to 16 bits before it is added."""
+    16-bit factors. A product of those is rounded to 16 bits before it is added on a CPU, and on an
+    AMD GPU, whose PyTorch has no `out_dtype`."""
     if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=0.0 if is_first else 1.0, out=total)
+    elif a.is_cuda and torch.version.hip is None:
         if is_first:
-            torch.mm(a, b, out=total)
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
-            torch.addmm(total, a, b, out=total)
-        return
-    if a.is_cuda and torch.version.hip is None:
-        product = torch.mm(a, b, out_dtype=total.dtype)
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif is_first:
+        total.copy_(torch.mm(a, b))
     else:
-        product = torch.mm(a, b)
-    if is_first:
-        total.copy_(product)
-    else:
-        total.add_(product)
+        total.add_(torch.mm(a, b))

@@ -1,88 +1,69 @@
 """The gradient of hidden that is made in the forward pass, for a head that does not train."""
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .._backends import Backend
-from ._tiles import Columns, Rows, Tile, add_product
+from .._records import Backend, Columns, Combined, Partials, RowSoftmax, Scaling, Scored
+from ._tiles import Rows, Tile, add_product
 
-# Unnormalised probabilities, times dz / dx over its largest, reach up to this: the middle of
-# float16's range.
+# Probabilities, times dz / dx over its largest, are written as up to this: the middle of float16's
+# range.
 UNIT = 2.0**10
-
-
-class Scaling(NamedTuple):
-    """From logits to z = slope * u, as in the stages."""
-
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-
-    @property
-    def slope(self) -> float:
-        return (1.0 if self.softcap is not None else self.logit_scale) / self.temperature
-
-    @property
-    def steepest(self) -> float:
-        """The largest dz / dx."""
-        return self.logit_scale / self.temperature
-
-    def gradient(self, u: Tensor) -> Tensor | float:
-        """dz / dx."""
-        if self.softcap is None:
-            return self.steepest
-        return self.steepest * (1.0 - (u / self.softcap).square())
 
 
 class HiddenGrad:
     """d logp / d hidden of the scored rows, tile by tile; overwrites the tiles."""
 
-    def __init__(self, rows: Rows, scaling: Scaling, stages: Backend, columns: Columns) -> None:
-        self.rows, self.scaling, self.stages, self.columns = rows, scaling, stages, columns
+    def __init__(self, rows: Rows, scaling: Scaling, stages: Backend) -> None:
+        self.rows, self.scaling, self.stages = rows, scaling, stages
         self.sum = torch.zeros_like(rows.hidden, dtype=rows.weights.dtype)
-        # log2 of the largest split's total: what the sum is relative to.
-        self.reference = torch.full_like(rows.weights, -(2.0**100))
+        # Of everybody but the target, among the columns so far: what the sum is relative to.
+        self.softmax = rows.weights.new_zeros((4, rows.number))
+        self.steepest = scaling.logit_scale / scaling.temperature  # the largest dz / dx
         self.ones = torch.ones_like(rows.weights)
+        self.nobody = torch.full_like(rows.weights[0], -torch.inf)
 
-    def add(self, tile: Tile, partials: Tensor, weight: Tensor) -> None:
-        """Add the columns of a tile, whose partials are (C, 1, R); the target's is left out."""
-        peak, total = partials[:2, 0]
-        reference = self.reference[tile.rows]
-        log2_total = peak * (self.scaling.slope / math.log(2.0)) + total.log2()
-        larger = torch.maximum(reference, log2_total)
-        total_sum = self.sum[tile.rows]
-        total_sum.mul_((reference - larger).exp2_()[:, None])
-        reference.copy_(larger)
-        ones = self.ones[tile.rows]
+    def add(self, tile: Tile, columns: Columns, sums: Tensor, weight: Tensor) -> None:
+        """Add the columns of a tile, whose partials and those before are in sums (C, K, M)."""
+        here = tile.rows
+        ones = self.ones[:, here]
+        so_far = Partials(sums[:2, : tile.splits.stop, here], self.nobody[here], ones)
+        combined = Combined.empty(ones, 0, 0)
+        self.stages.combine(so_far, None, "none", columns.vocab_size, self.scaling, (), combined)
+        softmax = combined.softmax
+        before = self.softmax[:, here]
+        total = self.sum[here].mul_(_rescaled(before, softmax)[:, None])
+        before.copy_(softmax)
+        softmax[0] = 0.0  # the target's column
+        softmax[2] *= UNIT
         self.stages.grad(
-            ones[None] / self.scaling.steepest,
-            tile.logits[None],
-            self.rows.labels[None, tile.rows],
-            ones[None],
-            torch.zeros_like(ones),
-            larger,
-            ones * UNIT,
-            False,
-            self.columns.first + tile.columns.start,
-            *self.scaling,
-            out=tile.logits[None],
+            ones / self.steepest,
+            tile.logits,
+            Scored(self.rows.labels[:, here], ones, False),
+            softmax,
+            columns,
+            self.scaling,
+            tile.logits,
         )
-        add_product(total_sum, tile.logits, weight[tile.columns].to(tile.logits.dtype), False)
+        d = tile.logits[0]
+        add_product(total, d, weight[tile.columns].to(d.dtype), False)
 
-    def finish(self, partials: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        """(M, H), from the partials (2, K, M) and targets (M,) of the whole vocabulary."""
-        first, num_columns, vocab_size = self.columns
-        _, _, _, complement, reference, share, _ = self.stages.combine(
-            partials, target, self.ones[None], None, "none", vocab_size, *self.scaling, []
-        )
-        normaliser = share * (self.reference - reference).exp2() * (self.scaling.steepest / UNIT)
-        of_target = complement * self.scaling.gradient(target)
-        y = self.rows.labels.long() - first
-        of_target.masked_fill_((y < 0) | (y >= num_columns), 0.0)  # others have it
-        of_target = of_target[:, None] * weight[y.clamp(0, num_columns - 1)].to(
-            self.rows.hidden.dtype
-        )
-        return self.sum.mul_(normaliser[:, None]).add_(of_target)
+    def finish(self, softmax: Tensor, target: Tensor, columns: Columns, weight: Tensor) -> Tensor:
+        """(M, H), from the softmax (4, M) and targets (M,) of the whole vocabulary."""
+        others = _rescaled(self.softmax, softmax)[:, None]
+        of_target = softmax[0] * (self.scaling.slope * self.scaling.chain(target))
+        y = self.rows.labels[0].long() - columns.first
+        of_target.masked_fill_((y < 0) | (y >= columns.width), 0.0)  # others have it
+        of_weight = weight[y.clamp(0, columns.width - 1)].to(self.rows.hidden.dtype)
+        # One factor after the other: at 80 nats their product is below float32's normal numbers.
+        self.sum.mul_(self.steepest / UNIT).mul_(others)
+        return self.sum.addcmul_(of_target[:, None], of_weight.to(self.sum.dtype))
+
+
+def _rescaled(before: Tensor, after: Tensor) -> Tensor:
+    """The total of one softmax over that of a later one, (M,): 0 where the first has nobody."""
+    old, new = RowSoftmax(*before), RowSoftmax(*after)
+    ratio = new.share / old.share * (old.reference - new.reference).exp2()
+    # Another scale of exponents means that the first total is beyond the reach of the second.
+    is_comparable = (old.share > 0) & (old.exponent_scale == new.exponent_scale)
+    return ratio.where(is_comparable, torch.zeros_like(ratio))

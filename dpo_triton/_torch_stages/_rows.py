@@ -1,32 +1,28 @@
 """How the stages walk the logits: scored rows, as many at a time as fit a buffer."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._records import Scaling
+
 # Elements of the buffer, 6.5 MiB of float32: enough to hide the cost of starting an operation.
 BUFFER_NUMEL = 13 << 17
-LN2 = math.log(2.0)
 # PyTorch gives a thread at least so many elements (at::internal::GRAIN_SIZE) ...
 GRAIN = 32768
 # ... and its vectors hold at most so many float32 (AVX-512).
 LONGEST_VECTOR = 16
 
 
-def exponent_scale(
-    temperature: float, logit_scale: float, softcap: float | None, dtype: torch.dtype
-) -> float:
-    """Slope of z in u over ln 2, as a number of dtype: all three stages must use the same."""
-    scale = min((1.0 if softcap is not None else logit_scale) / temperature / LN2, 2.0**120)
+def exponent_scale(scaling: Scaling, dtype: torch.dtype) -> float:
+    """The scaling's, as a number of dtype: all three stages must use the same.
+
+    One that is too large for products with it is as good as any: it leaves the largest logit alone.
+    """
+    scale = min(scaling.exponent_scale, 2.0**120)
     return scale if dtype == torch.float64 else float(np.float32(scale))
-
-
-def cap_(x: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
-    """Logits to u, in place: without a softcap logit_scale is part of the slope of z in u."""
-    return x if softcap is None else x.mul_(logit_scale / softcap).tanh_().mul_(softcap)
 
 
 def row_grid(x: Tensor) -> Tensor:
@@ -79,11 +75,11 @@ class Workspace:
                 yield here, g, self.rows[here] - g * height
             first = end
 
-    def load(self, g: int, places: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    def load(self, g: int, places: Tensor, scaling: Scaling) -> Tensor:
         """Fill with u of a group's rows, and return them without their padding, (R, V)."""
         u = self.padded[: len(places), : self.num_columns]
         u.copy_(self.grid[g].index_select(0, places))
-        cap_(self.block(len(u)), logit_scale, softcap)
+        scaling.cap_(self.block(len(u)))
         return u
 
     def block(self, num_rows: int) -> Tensor:

@@ -6,53 +6,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._rows import LN2, exponent_scale
+from .._records import LN2, Combined, Partials, Scaling
+from ._rows import exponent_scale
 
 # Tokens handled at a time, so that float64 temporaries do not grow with the batch.
 BLOCK_T = 1 << 14
 
 
 def combine(
-    partials: Tensor,
-    target: Tensor,
-    weights: Tensor,
+    partials: Partials,
     cu_seqlens: Tensor | None,
     reduction: str,
     vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scaling: Scaling,
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return values and lengths (S,), logps (B, T), what `grad` takes of each token (complement,
-    reference and share, (B * T,) each), and stats (E, B, T).
-
-    With reduction "none" values and lengths are empty. What is not scored has a logp and stats of
-    0.
-    """
-    scale = exponent_scale(temperature, logit_scale, softcap, weights.dtype)
+    out: Combined,
+) -> None:
+    """Write values and lengths, logps, what `grad` takes of each token, and stats."""
+    sums, target, weights = partials
+    scale = exponent_scale(scaling, weights.dtype)
     flat_weights = weights.flatten()
-    logps = torch.empty_like(weights)
-    weighted_logps = torch.empty_like(target, dtype=torch.float64)
-    complement, reference, share = (torch.empty_like(target) for _ in range(3))
-    token_stats = weights.new_empty((len(stats), *weights.shape))
+    weighted_logps = torch.empty_like(flat_weights, dtype=torch.float64)
+    complement, reference, share, exponent_scales = out.softmax
+    limit = 2.0 ** (59 if weights.dtype == torch.float64 else 30)
     for first in range(0, target.numel(), BLOCK_T):
         here = slice(first, first + BLOCK_T)
         scored = flat_weights[here] != 0
-        combined = _combine_tokens(partials[:, :, here], target[here], scale, vocab_size, stats)
-        token_logps, complement[here], peak_exponent, log2_total, *extras = combined
-        # Relative to the peak, where exponents are exact, or to the total of a flat row (here also
-        # one whose peak was guessed poorly).
+        combined = _combine_tokens(sums[:, :, here], target[here], scale, limit, stats)
+        token_logps, complement[here], exponent_scales[here], *rest = combined
+        peak_exponent, log2_total, *extras = rest
+        # Relative to the peak, where exponents are exact, or to the total of a flat row.
         reference[here] = peak_exponent.where(log2_total - peak_exponent < 1, log2_total)
-        share[here] = (reference[here] - log2_total).exp2()
-        logps.view(-1)[here] = token_logps.where(scored, 0.0)
+        is_nobody = log2_total == -math.inf  # nobody but the target is asked about, or all banned
+        reference[here] = reference[here].masked_fill(is_nobody, 0.0)
+        share[here] = (reference[here] - log2_total).exp2().masked_fill(is_nobody, 0.0)
+        out.logps.view(-1)[here] = token_logps.where(scored, 0.0)
         weighted_logps[here] = (token_logps * flat_weights[here]).where(scored, 0.0)
-        for out, extra in zip(token_stats.flatten(1), extras, strict=True):
-            out[here] = extra.where(scored, 0.0)
-
-    of_tokens = (logps, complement, reference, share, token_stats)
+        for stat, extra in zip(out.stats.flatten(1), extras, strict=True):
+            stat[here] = extra.where(scored, 0.0)
     if reduction == "none":
-        return weights.new_empty(0), weights.new_empty(0), *of_tokens
+        return
     if cu_seqlens is None:
         batch, seq_len = weights.shape
         cu_seqlens = torch.arange(batch + 1, device=weights.device) * seq_len
@@ -61,11 +54,12 @@ def combine(
     if reduction == "mean":
         num_scored = _sequence_sums(flat_weights != 0, cu_seqlens)
         values /= lengths.where(num_scored > 0, 1.0)
-    return values.to(weights.dtype), lengths.to(weights.dtype), *of_tokens
+    out.values.copy_(values)
+    out.lengths.copy_(lengths)
 
 
 def _combine_tokens(
-    partials: Tensor, target: Tensor, scale: float, vocab_size: int, stats: Sequence[str]
+    partials: Tensor, target: Tensor, scale: float, limit: float, stats: Sequence[str]
 ) -> list[Tensor]:
     """logp, 1 - exp(logp), log2 of the peak's exp(z) and of their total, stats of tokens, (N,)
     float64 each; anything where not scored."""
@@ -87,7 +81,13 @@ def _combine_tokens(
     target_offset = (target - row_peak) * scale
     e_y = target_offset.exp2()
     total = others * row_shrink + e_y
-    combined = [logp, -logp.expm1(), row_peak * scale, row_peak * scale + total.log2()]
+    # A peak whose product with the scale keeps too few digits is scaled by a power of 2: who
+    # is not equal to it has a share below 2 ** -64 then, by either scale.
+    exponent = torch.frexp(row_peak.abs()).exponent - math.frexp(limit)[1]
+    is_large = ((row_peak * scale).abs() >= limit) & row_peak.isfinite()
+    own_scale = torch.ldexp(torch.ones_like(total), -exponent).masked_fill(~is_large, scale)
+    top = row_peak * own_scale
+    combined = [logp, -logp.expm1(), own_scale, top, top + total.log2()]
     for name, channel in zip(stats, sums, strict=True):
         if name == "entropy":  # log total - sum of p * (z - peak)
             products = ((channel + offsets * totals) * shrink).sum(0) + offset * others
@@ -105,7 +105,7 @@ def _combine_tokens(
 
 
 def _sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums (S,) of (N,) values in float64, each added in order."""
-    return torch.segment_reduce(
-        values.double(), "sum", offsets=cu_seqlens.to(torch.int64), initial=0
-    )
+    """Sums (S,) of (N,) values in float64, each added in order; padding follows the last one."""
+    offsets = cu_seqlens.to(torch.int64)
+    covered = values[: offsets[-1]] if len(offsets) > 1 else values[:0]
+    return torch.segment_reduce(covered.double(), "sum", offsets=offsets, initial=0)

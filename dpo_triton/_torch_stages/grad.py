@@ -4,68 +4,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._records import Columns, Scaling, Scored
 from ._rows import Workspace, exponent_scale, own_columns, row_grid
 
 
 def grad(
     grad_logps: Tensor,
     logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    complement: Tensor,
-    reference: Tensor,
-    share: Tensor,
-    shift: bool,
-    first_column: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    scored: Scored,
+    softmax: Tensor,
+    columns: Columns,
+    scaling: Scaling,
     out: Tensor | None,
 ) -> Tensor:
     """Return the gradient of logits, (B, T, W), in `out` if given, which may be logits itself.
 
-    They are the W columns from first_column on of the vocabulary.
-
-    grad_logps is (B, T); it is not read where a token is not scored.
+    They are the W columns from `columns.first` on of the vocabulary. grad_logps is (B, T); it is
+    not read where a token is not scored.
     """
-    dtype = weights.dtype
-    scored = weights.flatten().nonzero().squeeze(1)
-    scale = exponent_scale(temperature, logit_scale, softcap, dtype)
-
-    def of_rows(x: Tensor) -> Tensor:  # (B, T) or (B * T,) to (M, 1)
-        return x.reshape(-1).index_select(0, scored)[:, None]
-
-    slope = (1.0 if softcap is not None else logit_scale) / temperature
-    coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * slope
-    target_grad = coefficient * of_rows(complement)
-    scaled_share = -coefficient * of_rows(share)
-    offsets = -of_rows(reference)
-    workspace = Workspace(logits, scored - int(shift), dtype)
-    y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
+    labels, weights, shift = scored
+    softcap, dtype = scaling.softcap, weights.dtype
+    scale = exponent_scale(scaling, dtype)
+    tokens = weights.flatten().nonzero().squeeze(1)
+    rows = tokens - int(shift)
+    complement, reference, share, own_scale = softmax.index_select(1, tokens)[:, :, None]
+    upstream = grad_logps.reshape(-1).index_select(0, tokens)[:, None].to(dtype)
+    coefficient = upstream * weights.view(-1).index_select(0, tokens)[:, None] * scaling.slope
+    is_large = (own_scale != scale)[:, 0]
+    y = own_columns(labels.flatten().index_select(0, tokens), columns.first, logits.shape[-1])
     if out is None:
         out = _zeros(logits)
     else:
         is_scored = torch.zeros(weights.numel(), dtype=torch.bool, device=weights.device)
-        is_scored[scored - int(shift)] = True
-        for group, theirs in zip(out, is_scored.view(weights.shape), strict=True):
-            group.index_fill_(0, (~theirs).nonzero().squeeze(1), 0)
+        is_scored[rows] = True
+        for sequence, theirs in zip(out, is_scored.view(weights.shape), strict=True):
+            sequence.index_fill_(0, (~theirs).nonzero().squeeze(1), 0)
     out_grid = row_grid(out)
+    workspace = Workspace(logits, rows, dtype)
     for here, g, places in workspace.blocks():
-        d = workspace.load(g, places, logit_scale, softcap)
+        d = workspace.load(g, places, scaling)
         block = workspace.block(len(d))
-        chain = None
-        if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
-            chain = (d / softcap).square_().neg_().add_(1).mul_(logit_scale)
-        torch.add(workspace.pad(offsets[here]), block, alpha=scale, out=block)  # rounded once
+        chain = None if softcap is None else scaling.chain(d)
+        large = is_large[here].nonzero().squeeze(1)
+        exponents = d[large] * own_scale[here][large] - reference[here][large]
+        torch.add(workspace.pad(-reference[here]), block, alpha=scale, out=block)  # rounded once
+        d[large] = exponents
         block.exp2_()
-        d.mul_(scaled_share[here])
-        workspace.fill_target_(y[here], target_grad[here])
+        d.mul_(-(coefficient * share)[here])
+        workspace.fill_target_(y[here], (coefficient * complement)[here])
         if chain is not None:
             d.mul_(chain)
-        # Contiguous rows are one group of out; else it has the strides of logits.
-        to, where = (
-            (out_grid[0], workspace.rows[here]) if len(out_grid) == 1 else (out_grid[g], places)
-        )
+        # Contiguous rows are one group; else out is logits, or has their strides.
+        is_flat = len(out_grid) == 1
+        to, where = (out_grid[0], rows[here]) if is_flat else (out_grid[g], places)
         to.index_copy_(0, where, d.to(out.dtype))
     return out
 

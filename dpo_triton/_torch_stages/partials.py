@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._weights import sum_dtype, token_weights
+from .._records import Columns, Partials, Scaling, Tokens, sum_dtype
+from .._weights import token_weights
 from ._rows import Workspace, exponent_scale, own_columns
 
 
@@ -17,48 +18,38 @@ def num_splits(num_columns: int) -> int:
 
 def partials(
     logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    first_column: int,
-    vocab_size: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    tokens: Tokens,
+    columns: Columns,
+    scaling: Scaling,
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return partials (C, 1, B * T), target (B * T,) and weights (B, T), float32 or float64 like
-    the logits, which are the columns from first_column on of a vocabulary of vocab_size.
-
-    C is 2 (peak, total) and one more for each of `stats`. The target is -inf where it is not in
-    these columns.
-    """
+    out: Partials,
+) -> None:
+    """Write the partials, K = 1, of float32, or float64 like the logits."""
+    logits = logits[..., : columns.width]
+    labels, first_column = tokens.labels, columns.first
     dtype = sum_dtype(logits.dtype)
-    weights = token_weights(labels, mask, cu_seqlens, shift, ignore_index, dtype)
+    weights = out.weights.copy_(token_weights(tokens, dtype))
     scored = weights.flatten().nonzero().squeeze(1)
     y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
 
-    scale = exponent_scale(temperature, logit_scale, softcap, dtype)
-    workspace = Workspace(logits, scored - int(shift), dtype)
+    scale = exponent_scale(scaling, dtype)
+    workspace = Workspace(logits, scored - int(tokens.shift), dtype)
     channels = torch.empty((2 + len(stats), len(scored), 1), dtype=dtype, device=logits.device)
-    targets = torch.empty_like(channels[0])
+    column = y.clamp(0, logits.shape[-1] - 1)
+    target = torch.empty_like(channels[0])
     for here, g, places in workspace.blocks():
-        u = workspace.load(g, places, logit_scale, softcap)
-        column = y[here].clamp(0, u.shape[1] - 1)
-        targets[here] = u.gather(1, column).masked_fill_(column != y[here], -math.inf)
-        _fold(workspace, u, y[here], scale, vocab_size, [x[here] for x in channels], stats)
+        u = workspace.load(g, places, scaling)
+        torch.gather(u, 1, column[here], out=target[here])
+        sums = [x[here] for x in channels]
+        _fold(workspace, u, y[here], scale, columns.vocab_size, sums, stats)
     if "top1" in stats:  # of columns that all come after the target, an equal one does not win
         rival = channels[2 + list(stats).index("top1")]
-        is_later = labels.flatten().index_select(0, scored)[:, None] < first_column
+        is_later = labels.flatten().index_select(0, scored)[:, None] < columns.first
         rival.copy_(torch.where(is_later, rival.nextafter(rival.new_tensor(-math.inf)), rival))
 
-    num_tokens = labels.numel()
-    partials = channels.new_empty((2 + len(stats), 1, num_tokens))
-    partials.index_copy_(2, scored, channels.transpose(1, 2))
-    target = channels.new_empty(num_tokens).index_copy_(0, scored, targets[:, 0])
-    return partials, target, weights
+    out.sums.index_copy_(2, scored, channels.transpose(1, 2))
+    is_here = (y == column)[:, 0]
+    out.target.index_copy_(0, scored[is_here], target[is_here, 0])
 
 
 def _fold(

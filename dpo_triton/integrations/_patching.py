@@ -3,25 +3,33 @@
 Everything is checked before anything is replaced, so that a refusal leaves the framework as it was.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 Function = Callable[..., Any]
 Undo = Callable[[], None]
+Untested = Literal["refuse", "warn"]
 
 
 class Replacement(NamedTuple):
-    """A torch.autograd.Function is replaced by what its `apply` shall do."""
+    """A torch.autograd.Function is replaced by what its `apply` shall do.
+
+    The function gets the framework's parameters by name: it may have them in another order, and
+    more of its own that have defaults.
+    """
 
     # "package.module" that defines it, or "package.module:Class" for a method. A module that only
     # imports it is changed alone.
@@ -40,28 +48,34 @@ class Integration:
     tested: tuple[str, ...]  # "0.9.5" is that release, "0.9" each 0.9.x; post-releases included
     replacements: tuple[Replacement, ...]
 
-    def enable(self) -> Undo:
+    def enable(self, *, untested: Untested = "refuse") -> Undo:
         """Replace the framework's functions until the returned function is called.
 
         A function is replaced in every module of the framework that holds it, also in those that
         import it later. May be nested, and undone in any order: the latest that is not undone yet
         is in force. Calling the undo again does nothing.
 
+        Args:
+            untested: what to do with a version that was not tested. "refuse" is an error. "warn"
+                warns once, and takes it for the newest tested version that is not newer than it;
+                names and parameters of what is replaced are checked as ever.
+
         Raises:
             ModuleNotFoundError: the framework is not installed.
+            ValueError: another value of untested.
             RuntimeError: it has a version that was not tested, or lacks the function, or its
                 function takes other parameters. Nothing is replaced then.
         """
-        version = self._check_version()
+        version = self._taken_for(untested)
         replacements = [
             replacement
             for replacement in self.replacements
             if not replacement.versions or _is_among(version, replacement.versions)
         ]
-        slots = [self._find(replacement) for replacement in replacements]
+        found = [self._find(replacement) for replacement in replacements]
         pending = [
-            (slot, _push(slot, replacement.function))
-            for slot, replacement in zip(slots, replacements, strict=True)
+            (slot, _push(slot, replacement.function, names))
+            for (slot, names), replacement in zip(found, replacements, strict=True)
         ]
 
         def undo() -> None:
@@ -73,15 +87,18 @@ class Integration:
         return undo
 
     @contextmanager
-    def fused(self) -> Iterator[None]:
+    def fused(self, *, untested: Untested = "refuse") -> Iterator[None]:
         """`enable()` for the length of a `with` block; undone when an exception leaves it, too."""
-        undo = self.enable()
+        undo = self.enable(untested=untested)
         try:
             yield
         finally:
             undo()
 
-    def _check_version(self) -> str:
+    def _taken_for(self, untested: Untested) -> str:
+        """The installed version, or the tested one that it is taken for."""
+        if untested not in ("refuse", "warn"):
+            raise ValueError(f'untested must be "refuse" or "warn", got {untested!r}')
         versions = ", ".join(self.tested)
         try:
             version = metadata.version(self.distribution)
@@ -90,16 +107,28 @@ class Integration:
                 f"{self.framework} is not installed: there is no distribution "
                 f"{self.distribution!r}; install one of the tested versions, {versions}"
             ) from None
-        if not _is_among(version, self.tested):
+        if _is_among(version, self.tested):
+            return version
+        nearest = _nearest(version, self.tested)
+        if untested == "refuse":
             raise RuntimeError(
                 f"{self.framework} {version} was not tested with dpo_triton, and nothing is "
                 f"replaced; install {self.distribution} in one of the tested versions, {versions}, "
-                "or call the functions of dpo_triton.integrations yourself"
+                f'or pass untested="warn" to have it taken for {nearest}, or call the functions of '
+                "dpo_triton.integrations yourself"
             )
-        return version
+        if (self.framework, version) not in _warned:
+            _warned.add((self.framework, version))
+            warnings.warn(
+                f"{self.framework} {version} was not tested with dpo_triton and is taken for "
+                f"{nearest}: names and parameters of what is replaced are checked, results were "
+                f"not compared; the tested versions are {versions}",
+                stacklevel=_stacklevel(),
+            )
+        return nearest
 
-    def _find(self, replacement: Replacement) -> "_Slot":
-        """The place to put the function, which must hold one with the same parameters."""
+    def _find(self, replacement: Replacement) -> tuple["_Slot", list[str]]:
+        """The place to put the function, and the names of the parameters of what is there now."""
         module_name, _, class_name = replacement.owner.partition(":")
         module = importlib.import_module(module_name)
         owner = vars(module).get(class_name) if class_name else module
@@ -111,14 +140,14 @@ class Integration:
                 f"tested versions are {', '.join(self.tested)}"
             )
         theirs, ours = _parameters(current), _parameters(replacement.function)
-        if theirs != ours:
+        if not _fits(theirs, ours):
             raise RuntimeError(
                 f"{replacement.owner}.{replacement.name} of {self.framework} "
                 f"{metadata.version(self.distribution)} takes ({', '.join(map(str, theirs))}), and "
                 f"what would replace it takes ({', '.join(map(str, ours))}); the tested versions "
                 f"are {', '.join(self.tested)}"
             )
-        return _Slot(owner, replacement.name)
+        return _Slot(owner, replacement.name), [parameter.name for parameter in theirs]
 
 
 class _Slot(NamedTuple):
@@ -128,14 +157,19 @@ class _Slot(NamedTuple):
 
 # What each slot has held, oldest first: the framework's own, then those in the order of enabling.
 _held: dict[_Slot, list[Any]] = {}
+_warned: set[tuple[str, str]] = set()  # frameworks and versions
 
 
-def _push(slot: _Slot, function: Function) -> Any:
-    """Put the function there and return the object that now stands in the slot."""
+def _push(slot: _Slot, function: Function, names: list[str]) -> Any:
+    """Put the function there and return the object that now stands in the slot.
+
+    names are those of the framework's parameters, in its order.
+    """
 
     @functools.wraps(function)
     def installed(*args: Any, **kwargs: Any) -> Any:  # an object of its own, to be found again
-        return function(*args, **kwargs)
+        surplus = args[len(names) :]  # a mistake, which Python reports
+        return function(*surplus, **dict(zip(names, args, strict=False)), **kwargs)
 
     held = _held.setdefault(slot, [vars(slot.owner)[slot.name]])
     if _is_autograd(held[0]):
@@ -183,6 +217,40 @@ def _is_among(version: str, tested: tuple[str, ...]) -> bool:
     """Whether the version is a tested one, or a part of such a series."""
     release = version.partition("+")[0]  # a local version, as in 2.13.0+cpu, says how it was built
     return any(release == one or release.startswith(one + ".") for one in tested)
+
+
+def _nearest(version: str, tested: tuple[str, ...]) -> str:
+    """The newest tested version that is not newer, or the oldest one."""
+
+    def numbers(version: str) -> list[int]:
+        return [int(digits) for digits in re.findall(r"\d+", version.partition("+")[0])]
+
+    not_newer = [one for one in tested if numbers(one) <= numbers(version)]
+    return max(not_newer, key=numbers) if not_newer else min(tested, key=numbers)
+
+
+def _stacklevel() -> int:
+    """That of the first caller outside of this file: `enable`, or a `with` block."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename in (__file__, contextlib.__file__):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _fits(theirs: list[inspect.Parameter], ours: list[inspect.Parameter]) -> bool:
+    """Whether ours can be called with all that their callers pass, and as they mean it."""
+    known = {parameter.name: parameter for parameter in ours}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    are_known = all(
+        their.kind in named
+        and their.name in known
+        # one that callers may leave out means the same when it is left out
+        and their.default in (inspect.Parameter.empty, known[their.name].default)
+        for their in theirs
+    )
+    passed = {parameter.name for parameter in theirs}
+    needed = {our.name for our in ours if our.default is inspect.Parameter.empty}
+    return are_known and needed <= passed
 
 
 def _is_autograd(function: Any) -> bool:

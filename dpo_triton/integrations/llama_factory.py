@@ -63,7 +63,8 @@ def _ld_weights(is_scored: Tensor, lengths: Tensor, ld_alpha: float) -> Tensor:
     first = is_scored.int().argmax(1)
     position = torch.arange(is_scored.shape[1], device=is_scored.device)
     is_shared = position < (first + shorter)[:, None]
-    return torch.where(is_shared, 1.0, ld_alpha) * is_scored
+    weights = is_scored.float()
+    return torch.where(is_shared, weights, ld_alpha * weights)
 
 
 _integration = Integration(

@@ -18,13 +18,18 @@ import torch
 from torch import Tensor
 
 from ..linear import fused_linear_token_logprob
-from ..seq_logprob import Reduction, fused_seq_logprob, fused_token_logprob
+from ..seq_logprob import (
+    DistributionStat,
+    Reduction,
+    fused_seq_logprob,
+    fused_token_logprob,
+)
 from ._patching import Integration, Replacement
 
 __all__ = ["chunked_log_probs", "enable", "fused", "get_batch_logps", "selective_log_softmax"]
 
 # TRL's names of what its head returns after the log-probabilities, in its order, and ours.
-_STATS = {
+_STATS: dict[str, DistributionStat] = {
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
     "mean_logits": "mean_logit",
@@ -40,7 +45,7 @@ def chunked_log_probs(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float,
-    chunk_size: int,
+    chunk_size: int | None = None,
     final_logit_softcapping: float | None = None,
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = tuple(_STATS),
@@ -87,7 +92,7 @@ def chunked_log_probs(
         logit_scale=logit_scale,
         softcap=final_logit_softcapping,
         # token_logps are free, and with them there always is a dict
-        stats=["token_logps", *(_STATS[name] for name in _STATS if name in outputs)],
+        stats=("token_logps", *(_STATS[name] for name in _STATS if name in outputs)),
     )
     entropy, log_sum_sq_probs, mean_logits, top1 = (
         stats[name][0] if name in stats else None for name in _STATS.values()
@@ -189,7 +194,10 @@ def _always(device: torch.device) -> bool:
     return True
 
 
-_PLAIN = ("0.29.1", "1.0.0", "1.12.0", "1.13.0")  # selective_log_softmax(logits, index)
+_PLAIN = (  # selective_log_softmax(logits, index)
+    *("0.29.1", "1.0.0", "1.1.0", "1.2.0", "1.3.0", "1.4.0", "1.5.0", "1.5.1", "1.6.0", "1.7.0"),
+    *("1.7.1", "1.8.0", "1.9.0", "1.9.1", "1.9.2", "1.10.0", "1.11.0", "1.12.0", "1.13.0"),
+)
 _WITH_HEAD = ("1.15.0", "1.16.0")
 _WITH_OPTIONS = ("1.14.0", "1.14.1", "1.14.2", *_WITH_HEAD)
 _integration = Integration(

@@ -25,7 +25,15 @@ from ._margin import (
     sigmoid_loss,
     sigmoid_norm_loss,
 )
-from ._mixture import LOSSES, Loss, LossOptions, SequenceLogps, check_mixture, mixture_loss
+from ._mixture import (
+    LOSSES,
+    Loss,
+    LossName,
+    LossOptions,
+    SequenceLogps,
+    check_mixture,
+    mixture_loss,
+)
 from ._reference_free import cpo_loss, log1mexp, orpo_loss, sft_loss, simpo_loss
 from ._terms import FDivergence, PreferenceLoss
 from ._weights import Layout, ld_dpo_mask, split_pairs, token_means, wpo_weights
@@ -35,6 +43,7 @@ __all__ = [
     "FDivergence",
     "Layout",
     "Loss",
+    "LossName",
     "LossOptions",
     "PreferenceLoss",
     "SequenceLogps",

@@ -32,7 +32,7 @@ def nca_pair_loss(
 
     Source: Chen et al. 2024, arXiv:2402.05369.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     against = F.logsigmoid(-beta * c) + F.logsigmoid(-beta * r)
     return with_rewards(-F.logsigmoid(beta * c) - against / 2, beta, c, r)
@@ -54,7 +54,7 @@ def bco_pair_loss(
 
     Source: Jung et al. 2024, arXiv:2404.04656.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     shift = _scalar("delta", delta, like=c)
     losses = -F.logsigmoid(beta * c - shift) - F.logsigmoid(shift - beta * r)
@@ -74,7 +74,7 @@ def sppo_hard_loss(
     Source: Wu et al. 2024, arXiv:2405.00675, eq. 4.7, with the chosen answer's probability to win
         set to 1.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     target = 1 / (2 * beta)
     return with_rewards((c - target) ** 2 + (r + target) ** 2, beta, c, r)
@@ -92,7 +92,7 @@ def apo_zero_loss(
 
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return with_rewards(torch.sigmoid(-beta * c) + torch.sigmoid(beta * r), beta, c, r)
 
@@ -109,7 +109,7 @@ def apo_down_loss(
 
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return with_rewards(torch.sigmoid(beta * c) + torch.sigmoid(-beta * (c - r)), beta, c, r)
 
@@ -140,9 +140,9 @@ def kto_loss(
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7.
     """
-    check_beta(beta)
-    check_number("desirable_weight", desirable_weight)
-    check_number("undesirable_weight", undesirable_weight)
+    beta = check_beta(beta)
+    desirable_weight = check_number("desirable_weight", desirable_weight)
+    undesirable_weight = check_number("undesirable_weight", undesirable_weight)
     if kl is None:
         raise ValueError(
             "kl is needed: the mean of log-ratios of answers to other prompts, such as "
@@ -172,8 +172,8 @@ def aot_loss(
 
     Source: Melnyk et al. 2024, arXiv:2406.05882.
     """
-    check_beta(beta)
-    check_label_smoothing(label_smoothing)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     of_policy = (wide(chosen_logps) - wide(rejected_logps)).sort().values
     of_reference = (wide(ref_chosen_logps) - wide(ref_rejected_logps)).sort().values
@@ -191,8 +191,8 @@ def aot_unpaired_loss(
     label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
     """The sigmoid loss of `sort(c) - sort(r)`; see `aot_loss`."""
-    check_beta(beta)
-    check_label_smoothing(label_smoothing)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     x = beta * (c.sort().values - r.sort().values)
     return with_rewards(smoothed_logistic(x, label_smoothing), beta, c, r)
@@ -201,8 +201,8 @@ def aot_unpaired_loss(
 def _scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A number, or a tensor of one element, without a gradient."""
     if not isinstance(value, Tensor):
-        check_number(name, value)
-        return like.new_tensor(value)
+        # added: new_tensor would make a number that changes a constant to torch.compile
+        return like.new_zeros(()) + check_number(name, value)
     if value.numel() != 1:
         raise ValueError(
             f"{name} must be a number or a tensor of one element, got {tuple(value.shape)}; "

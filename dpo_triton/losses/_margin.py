@@ -51,8 +51,8 @@ def sigmoid_loss(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Wang et al. 2023, arXiv:2309.16240.
     """
-    check_beta(beta)
-    check_label_smoothing(label_smoothing)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     d = _margin(c, r, f_divergence_type, f_alpha_divergence_coef)
     return with_rewards(smoothed_logistic(beta * d, label_smoothing), beta, c, r)
@@ -81,7 +81,7 @@ def sigmoid_norm_loss(
 
     Source: Lambert et al. 2024, arXiv:2411.15124 (Tulu 3, dpo_norm); MiniMind.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     lengths = (chosen_lengths, rejected_lengths)
     d = _margin_of_means(c, r, lengths, f_divergence_type, f_alpha_divergence_coef)
@@ -102,7 +102,7 @@ def hinge_loss(
 
     Source: Zhao et al. 2023, arXiv:2305.10425 (SLiC); Liu et al. 2023, arXiv:2309.06657 (RSO).
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     d = _margin(c, r, f_divergence_type, f_alpha_divergence_coef)
     return with_rewards(torch.relu(1 - beta * d), beta, c, r)
@@ -124,7 +124,7 @@ def ipo_loss(
 
     Source: Azar et al. 2023, arXiv:2310.12036, eq. 17; means by its authors' own account in TRL.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     lengths = (chosen_lengths, rejected_lengths)
     d = _margin_of_means(c, r, lengths, f_divergence_type, f_alpha_divergence_coef)
@@ -149,12 +149,16 @@ def exo_pair_loss(
 
     Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
     """
-    check_beta(beta)
-    check_label_smoothing(label_smoothing, above_zero=True)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing, above_zero=True)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     x = beta * _margin(c, r, f_divergence_type, f_alpha_divergence_coef)
-    for_chosen = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-label_smoothing))
-    for_rejected = torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(label_smoothing))
+    # torch.compile has log2 of a number that changes, and no other logarithm
+    log_right, log_wrong = (
+        math.log2(share) * math.log(2) for share in (1 - label_smoothing, label_smoothing)
+    )
+    for_chosen = torch.sigmoid(x) * (F.logsigmoid(x) - log_right)
+    for_rejected = torch.sigmoid(-x) * (F.logsigmoid(-x) - log_wrong)
     return with_rewards(for_chosen + for_rejected, beta, c, r)
 
 
@@ -176,8 +180,8 @@ def robust_loss(
 
     Source: Chowdhury et al. 2024, arXiv:2403.00409.
     """
-    check_beta(beta)
-    check_label_smoothing(label_smoothing)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
     c, r = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     x = beta * _margin(c, r, f_divergence_type, f_alpha_divergence_coef)
     as_labelled = -(1 - label_smoothing) * F.logsigmoid(x)
@@ -203,8 +207,8 @@ def discopop_loss(
 
     Source: Lu et al. 2024, arXiv:2406.08414, eq. 5.
     """
-    check_beta(beta)
-    check_number("discopop_tau", discopop_tau)
+    beta = check_beta(beta)
+    discopop_tau = check_number("discopop_tau", discopop_tau)
     if not 0 < discopop_tau <= 1:
         raise ValueError(
             f"discopop_tau must be in (0, 1], got {discopop_tau}; the paper found 0.05"
@@ -218,7 +222,7 @@ def discopop_loss(
 
 
 def _margin(c: Tensor, r: Tensor, f_divergence_type: FDivergence, alpha: float) -> Tensor:
-    check_f_divergence(f_divergence_type, alpha)
+    alpha = check_f_divergence(f_divergence_type, alpha)
     chosen_score = divergence_scores(c, f_divergence_type, alpha)
     return chosen_score - divergence_scores(r, f_divergence_type, alpha)
 
@@ -230,7 +234,7 @@ def _margin_of_means(
     f_divergence_type: FDivergence,
     alpha: float,
 ) -> Tensor:
-    check_f_divergence(f_divergence_type, alpha)
+    alpha = check_f_divergence(f_divergence_type, alpha)
     if f_divergence_type == "reverse_kl":
         return c - r
     chosen_lengths, rejected_lengths = lengths

@@ -33,41 +33,56 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+Takes = Literal["sum", "mean", "tokens"]
+LossName = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "simpo", "cpo",
+    "orpo", "kto",
+]  # fmt: skip
+
+
 class Loss(NamedTuple):
     """An entry of LOSSES."""
 
     function: Callable[..., PreferenceLoss]
-    takes: Literal["sum", "mean", "tokens"]  # of token log-probabilities; "tokens": sum and number
+    takes: Takes  # of token log-probabilities; "tokens": sum and number
     needs_reference: bool
-    sorts: bool = False  # the batch: losses[i] is not that of pair i
+    sorts: bool  # the batch: losses[i] is not that of pair i
+    options: tuple[str, ...]  # names of the keyword arguments
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Names of the keyword arguments."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+def _entry(
+    function: Callable[..., PreferenceLoss],
+    takes: Takes,
+    needs_reference: bool,
+    *,
+    sorts: bool = False,
+) -> Loss:
+    parameters = inspect.signature(function).parameters.values()
+    options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return Loss(function, takes, needs_reference, sorts, options)
 
 
 LOSSES: dict[str, Loss] = {
-    "sigmoid": Loss(sigmoid_loss, "sum", True),
-    "sigmoid_norm": Loss(sigmoid_norm_loss, "mean", True),
-    "hinge": Loss(hinge_loss, "sum", True),
-    "ipo": Loss(ipo_loss, "mean", True),
-    "exo_pair": Loss(exo_pair_loss, "sum", True),
-    "nca_pair": Loss(nca_pair_loss, "sum", True),
-    "robust": Loss(robust_loss, "sum", True),
-    "bco_pair": Loss(bco_pair_loss, "sum", True),
-    "sppo_hard": Loss(sppo_hard_loss, "sum", True),
-    "aot": Loss(aot_loss, "sum", True, sorts=True),
-    "aot_unpaired": Loss(aot_unpaired_loss, "sum", True, sorts=True),
-    "apo_zero": Loss(apo_zero_loss, "sum", True),
-    "apo_down": Loss(apo_down_loss, "sum", True),
-    "discopop": Loss(discopop_loss, "sum", True),
-    "sft": Loss(sft_loss, "tokens", False),
-    "simpo": Loss(simpo_loss, "mean", False),
-    "cpo": Loss(cpo_loss, "sum", False),
-    "orpo": Loss(orpo_loss, "mean", False),
-    "kto": Loss(kto_loss, "sum", True),
+    "sigmoid": _entry(sigmoid_loss, "sum", True),
+    "sigmoid_norm": _entry(sigmoid_norm_loss, "mean", True),
+    "hinge": _entry(hinge_loss, "sum", True),
+    "ipo": _entry(ipo_loss, "mean", True),
+    "exo_pair": _entry(exo_pair_loss, "sum", True),
+    "nca_pair": _entry(nca_pair_loss, "sum", True),
+    "robust": _entry(robust_loss, "sum", True),
+    "bco_pair": _entry(bco_pair_loss, "sum", True),
+    "sppo_hard": _entry(sppo_hard_loss, "sum", True),
+    "aot": _entry(aot_loss, "sum", True, sorts=True),
+    "aot_unpaired": _entry(aot_unpaired_loss, "sum", True, sorts=True),
+    "apo_zero": _entry(apo_zero_loss, "sum", True),
+    "apo_down": _entry(apo_down_loss, "sum", True),
+    "discopop": _entry(discopop_loss, "sum", True),
+    "sft": _entry(sft_loss, "tokens", False),
+    "simpo": _entry(simpo_loss, "mean", False),
+    "cpo": _entry(cpo_loss, "sum", False),
+    "orpo": _entry(orpo_loss, "mean", False),
+    "kto": _entry(kto_loss, "sum", True),
 }
 
 
@@ -82,9 +97,13 @@ class LossOptions(TypedDict, total=False):
     simpo_gamma: float
     cpo_alpha: float
     alpha: float
+    mean_chosen_length: float | Tensor
     kl: float | Tensor
     desirable_weight: float
     undesirable_weight: float
+
+
+_KNOWN_OPTIONS = tuple(LossOptions.__annotations__)
 
 
 class SequenceLogps(NamedTuple):
@@ -146,8 +165,7 @@ def mixture_loss(
     """
     weights = dict(losses)
     if rpo_alpha is not None:
-        check_number("rpo_alpha", rpo_alpha)
-        weights["sft"] = weights.get("sft", 0.0) + rpo_alpha
+        weights["sft"] = weights.get("sft", 0.0) + check_number("rpo_alpha", rpo_alpha)
     check_mixture(weights, options, is_weighted=pair_weights is not None)
     if pair_weights is not None:
         pair_weights = _checked_pair_weights(pair_weights, chosen)
@@ -177,11 +195,12 @@ def check_mixture(
         if name not in LOSSES:
             raise ValueError(f"a loss must be out of {', '.join(LOSSES)}; got {name!r}")
         check_number(f"the weight of {name}", weight)
-    known = LossOptions.__annotations__
     for option in options:
         takers = [name for name, loss in LOSSES.items() if option in loss.options]
-        if option not in known:
-            raise TypeError(f"{option!r} is no option of any loss; there are {', '.join(known)}")
+        if option not in _KNOWN_OPTIONS:
+            raise TypeError(
+                f"{option!r} is no option of any loss; there are {', '.join(_KNOWN_OPTIONS)}"
+            )
         if not set(takers) & set(losses):
             raise ValueError(
                 f"{option} is an option of {', '.join(takers)}, none of which is used here "
@@ -213,7 +232,8 @@ def _single(
 ) -> PreferenceLoss:
     loss = LOSSES[name]
     if loss.takes == "tokens":
-        return loss.function(chosen.reduced_to("sum"), chosen.lengths)
+        taken = {k: options[k] for k in loss.options if k in options}
+        return loss.function(chosen.reduced_to("sum"), chosen.lengths, **taken)
     every = {**options, "beta": beta}
     every["chosen_lengths"], every["rejected_lengths"] = chosen.lengths, rejected.lengths
     sequences = [chosen, rejected]

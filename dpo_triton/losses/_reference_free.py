@@ -21,21 +21,29 @@ from ._terms import (
 )
 
 
-def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> PreferenceLoss:
+def sft_loss(
+    chosen_logps: Tensor,
+    chosen_lengths: Tensor,
+    *,
+    mean_chosen_length: float | Tensor | None = None,
+) -> PreferenceLoss:
     """Minus the mean log-probability of the batch's chosen tokens.
 
     Args:
         chosen_logps: (B,) sums of log-probabilities, in nats.
         chosen_lengths: (B,) numbers of scored tokens, or sums of weights.
+        mean_chosen_length: for gradient accumulation: the mean of chosen_lengths over the whole
+            batch of which this is a part. Losses are then `-chosen_logps / mean_chosen_length`,
+            whose mean over the whole batch is the mean over its tokens, however it is divided.
 
     Returns:
-        losses: (B,), all of them that mean; 0 where no token is scored. The rewards are 0: a model
-        of one answer prefers nothing.
+        losses: (B,), without mean_chosen_length all of them that mean; 0 where no token is scored.
+        The rewards are 0: a model of one answer prefers nothing.
     """
     check_logps(chosen_logps=chosen_logps)
     check_lengths(chosen_logps, chosen_lengths=chosen_lengths)
     sums = wide(chosen_logps)
-    losses = _token_nll(sums, chosen_lengths).expand_as(sums)
+    losses = _token_nll(sums, chosen_lengths, mean_chosen_length).expand_as(sums)
     return with_rewards(losses, 0.0, torch.zeros_like(sums), torch.zeros_like(sums))
 
 
@@ -59,8 +67,10 @@ def simpo_loss(
 
     Source: Meng et al. 2024, arXiv:2405.14734; Gupta et al. 2025, arXiv:2501.03884.
     """
-    check_number("simpo_gamma", simpo_gamma)
-    chosen, rejected = _rewarded(chosen_logps, rejected_logps, beta, label_smoothing, alpha)
+    simpo_gamma = check_number("simpo_gamma", simpo_gamma)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
+    chosen, rejected = _rewarded(chosen_logps, rejected_logps, alpha)
     losses = smoothed_logistic(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
     return with_rewards(losses, beta, chosen, rejected)
 
@@ -74,6 +84,7 @@ def cpo_loss(
     cpo_alpha: float = 1.0,
     alpha: float = 0.0,
     chosen_lengths: Tensor | None = None,
+    mean_chosen_length: float | Tensor | None = None,
 ) -> PreferenceLoss:
     """CPO: `-(1 - e) ls(beta D) - e ls(-beta D) + cpo_alpha * NLL(chosen)` of sums.
 
@@ -83,15 +94,18 @@ def cpo_loss(
         cpo_alpha: weight of the NLL.
         chosen_lengths: (B,) numbers of scored tokens: NLL is then the mean over the batch's chosen
             tokens, as in TRL and `fused_dpo_loss`; None: `-chosen_logps`, as in the paper.
+        mean_chosen_length: of the whole batch, for gradient accumulation; see `sft_loss`.
 
     Source: Xu et al. 2024, arXiv:2401.08417.
     """
-    check_number("cpo_alpha", cpo_alpha)
-    chosen, rejected = _rewarded(chosen_logps, rejected_logps, beta, label_smoothing, alpha)
+    cpo_alpha = check_number("cpo_alpha", cpo_alpha)
+    beta = check_beta(beta)
+    label_smoothing = check_label_smoothing(label_smoothing)
+    chosen, rejected = _rewarded(chosen_logps, rejected_logps, alpha)
     nll = -wide(chosen_logps)
     if chosen_lengths is not None:
         check_lengths(chosen_logps, chosen_lengths=chosen_lengths)
-        nll = _token_nll(wide(chosen_logps), chosen_lengths)
+        nll = _token_nll(wide(chosen_logps), chosen_lengths, mean_chosen_length)
     losses = smoothed_logistic(beta * (chosen - rejected), label_smoothing) + cpo_alpha * nll
     return with_rewards(losses, beta, chosen, rejected)
 
@@ -102,6 +116,7 @@ def orpo_loss(
     *,
     beta: float = 0.1,
     chosen_lengths: Tensor | None = None,
+    mean_chosen_length: float | Tensor | None = None,
 ) -> PreferenceLoss:
     """ORPO: `NLL(chosen) - beta ls(D - (log1mexp(w) - log1mexp(l)))` of means.
 
@@ -111,16 +126,17 @@ def orpo_loss(
         chosen_lengths: (B,) numbers of scored tokens: NLL is then the mean over the batch's chosen
             tokens, as in `fused_dpo_loss`; None: `-chosen_logps`, as in the paper. TRL's
             covers the prompts too.
+        mean_chosen_length: of the whole batch, for gradient accumulation; see `sft_loss`.
 
     Source: Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     check_logps(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     chosen, rejected = wide(chosen_logps), wide(rejected_logps)
     nll = -chosen
     if chosen_lengths is not None:
         check_lengths(chosen_logps, chosen_lengths=chosen_lengths)
-        nll = _token_nll(chosen * chosen_lengths, chosen_lengths)
+        nll = _token_nll(chosen * chosen_lengths, chosen_lengths, mean_chosen_length)
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     return with_rewards(nll - beta * F.logsigmoid(log_odds_ratio), beta, chosen, rejected)
 
@@ -140,17 +156,18 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x < -math.log(2), far, near)
 
 
-def _rewarded(
-    chosen_logps: Tensor, rejected_logps: Tensor, beta: float, label_smoothing: float, alpha: float
-) -> tuple[Tensor, Tensor]:
+def _rewarded(chosen_logps: Tensor, rejected_logps: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Both log-probabilities, checked, or AlphaPO's rewards of them."""
-    check_beta(beta)
-    check_label_smoothing(label_smoothing)
-    check_number("alpha", alpha)
+    alpha = check_number("alpha", alpha)
     check_logps(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     return power_score(wide(chosen_logps), -alpha), power_score(wide(rejected_logps), -alpha)
 
 
-def _token_nll(chosen_sums: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """Minus the mean log-probability of all tokens of the batch, a scalar."""
+def _token_nll(
+    chosen_sums: Tensor, chosen_lengths: Tensor, mean_chosen_length: float | Tensor | None
+) -> Tensor:
+    """Minus the mean log-probability of all tokens of the batch, a scalar; of a part of a batch
+    (B,) shares of the whole's."""
+    if mean_chosen_length is not None:
+        return -chosen_sums / mean_chosen_length
     return -chosen_sums.sum() / at_least_one_token(chosen_lengths.sum())

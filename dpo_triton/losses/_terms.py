@@ -1,6 +1,8 @@
 """Inputs of the losses, checked, and the functions that several of them use."""
 
 import math
+import sys
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,15 +86,17 @@ def power_score(log_u: Tensor, exponent: float) -> Tensor:
     The power is bounded such that its square, and that square's gradient in a loss that is scaled
     by 65536, stay finite: IPO squares it.
     """
-    if exponent == 0:
-        return log_u
+    if abs(exponent) < 1e-30:
+        # The limit. The factor is 1 to the last bit; without it a symbol of torch.compile would be
+        # used in one graph and not in the other, and from then on be a constant.
+        return log_u * (1 + exponent)
     bound = math.log(torch.finfo(log_u.dtype).max) / 2 - 8
     return torch.expm1((exponent * log_u).clamp(max=bound)) / exponent
 
 
 def at_least_one_token(lengths: Tensor) -> Tensor:
     """The divisor of an answer's sum; that of an empty answer is 0, whatever it is divided by."""
-    return torch.where(lengths == 0, 1.0, lengths)
+    return lengths.masked_fill(lengths == 0, 1)
 
 
 def check_logps(**named: Tensor) -> None:
@@ -150,37 +154,49 @@ def check_lengths(chosen_logps: Tensor, **named: Tensor | None) -> None:
         check_constant(**{name: lengths})
 
 
-def check_number(name: str, value: float) -> None:
-    """A finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def check_number(name: str, value: float) -> float:
+    """A finite number, which is returned as Python's: NumPy's compute in their own 16 or 32 bits.
+
+    Under torch.compile it is a symbol if it changes from call to call. A comparison of it becomes a
+    guard, but for one with infinity, which sympy takes for true. `math.isfinite` or an f-string
+    would make it a constant, and each value a new graph.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
-            f"{name} must be a number, got {type(value).__name__}; of a tensor pass .item(), "
-            "which waits for the device"
+            f"{name} must be a number, got {type(value).__name__}; of a tensor or an array pass "
+            ".item(), which waits for the device"
         )
-    if not math.isfinite(value):
+    if not isinstance(value, (int, float)):
+        value = float(value)
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
+    return value
 
 
-def check_beta(beta: float) -> None:
-    check_number("beta", beta)
+def check_beta(beta: float) -> float:
+    """A positive number, returned as Python's."""
+    beta = check_number("beta", beta)
     if beta <= 0:
         raise ValueError(
             f"beta must be positive, got {beta}; with 0 nothing is learnt, and below 0 the "
             "rejected answer is preferred: exchange chosen and rejected instead"
         )
+    return beta
 
 
-def check_f_divergence(f_divergence_type: str, f_alpha_divergence_coef: float) -> None:
+def check_f_divergence(f_divergence_type: str, f_alpha_divergence_coef: float) -> float:
+    """A known divergence; alpha is returned as Python's number."""
     if f_divergence_type not in F_DIVERGENCES:
         raise ValueError(
             f"f_divergence_type must be out of {', '.join(F_DIVERGENCES)}, "
             f"got {f_divergence_type!r}"
         )
-    check_number("f_alpha_divergence_coef", f_alpha_divergence_coef)
+    return check_number("f_alpha_divergence_coef", f_alpha_divergence_coef)
 
 
-def check_label_smoothing(label_smoothing: float, *, above_zero: bool = False) -> None:
-    check_number("label_smoothing", label_smoothing)
+def check_label_smoothing(label_smoothing: float, *, above_zero: bool = False) -> float:
+    """A share below one half, returned as Python's number."""
+    label_smoothing = check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the share of wrong "
@@ -191,3 +207,4 @@ def check_label_smoothing(label_smoothing: float, *, above_zero: bool = False) -
             "label_smoothing must be above 0 for exo_pair, whose target distribution has its "
             "logarithm, got 0; the paper uses 1e-3"
         )
+    return label_smoothing

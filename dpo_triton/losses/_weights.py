@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._terms import check_number
+
 Layout = Literal["concat", "interleaved"]
 
 
@@ -50,8 +52,7 @@ def ld_dpo_mask(
 
     Source: Liu et al. 2024, arXiv:2409.06411.
     """
-    if isinstance(ld_alpha, bool) or not isinstance(ld_alpha, int | float):
-        raise TypeError(f"ld_alpha must be a number, got {type(ld_alpha).__name__}")
+    ld_alpha = check_number("ld_alpha", ld_alpha)
     if not 0 <= ld_alpha <= 1:
         raise ValueError(
             f"ld_alpha must be in [0, 1], got {ld_alpha}; 1 is DPO, 0 drops what is longer"
@@ -68,7 +69,7 @@ def ld_dpo_mask(
     shared = shared.repeat(2) if layout == "concat" else shared.repeat_interleave(2)
     is_shared = counted[1:] - before[sequence] <= shared[sequence]
     weights = mask.to(torch.promote_types(mask.dtype, torch.float32))
-    return weights * torch.where(is_shared, 1.0, ld_alpha).view_as(mask)
+    return torch.where(is_shared.view_as(mask), weights, ld_alpha * weights)
 
 
 def wpo_weights(

@@ -13,29 +13,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .._backends import BackendName
-from ..model import output_head, seq_logprob_from_model
-from ._fingerprints import (
-    NAMES,
-    ROW_HASH,
-    PreferenceRow,
-    model_fingerprint,
-    row_hash,
-    tokenizer_fingerprint,
-)
+from .._language_model import output_head
+from ..model import seq_logprob_from_model
+from ._fingerprints import origin
+from ._journal import drop_journal, open_journal
+from ._records import RECORD, VALUES, Records, find, rows_to_score, seals
 from ._ref_file import (
     FORMAT,
-    RECORD,
-    Hashes,
-    Records,
     RefLogps,
-    check_header,
-    check_rows,
     import_safetensors,
-    open_journal,
     read_file,
-    read_journal,
+    ref_logps_of,
     write_file,
 )
+from ._rows import MASKS, NAMES, Hashes, PreferenceRow, checked_hashes, row_hash
 
 
 def precompute_ref_logps(
@@ -53,18 +44,25 @@ def precompute_ref_logps(
     Rows are scored in order and kept batch by batch in a journal, `path` + ".partial". Killed at
     any moment, the same call goes on where the journal ends, with the bits of a run that was never
     stopped (given the same batch_size). The last batch done, the journal becomes the safetensors
-    file at path, whole or not at all. Where that is there, it is checked and read.
+    file at path, whole or not at all. A file that has all rows is only read.
 
-    The file belongs to one model, tokenizer and data set, of which it holds hashes: of the model's
-    configuration and of names, shapes, dtypes and 64 elements of each tensor; of the tokenizer's
-    vocabulary, special tokens and chat template; and of each row.
+    Rows are found by the hashes of their ids: of a data set that grew, changed or was shuffled,
+    those that the file lacks are scored and come to it. None is lost that it had.
+
+    The file belongs to one model and tokenizer: to the model's configuration, as far as it changes
+    a value, all values of its tensors, and autocast; to the tokenizer's vocabulary, special tokens
+    but the padding, and chat template. Each row has a checksum: what a disk changed is scored
+    again, with a warning that counts.
 
     Args:
         model: as `seq_logprob_from_model` takes it; scored in eval mode, which is undone after.
-            PEFT's: call this inside of `model.disable_adapter()` or before adding the adapter.
+            PEFT's: call this inside of `model.disable_adapter()`; the file is then the base
+            model's, before and after training.
         dataset: N mappings with "prompt_ids", "chosen_ids" and "rejected_ids", lists of token ids
-            as in TRL; the answers' end with eos where the policy is to learn it. Read by len() and
-            [i]. The prompt has a token at least, for it predicts the answer's first.
+            as in TRL; the answers' end with eos where the policy is to learn it; beside them
+            "chosen_mask" and "rejected_mask" where not all of an answer counts. Read by len() and
+            [i], once to check it and once to score it; no row is kept. The prompt has a token at
+            least, for it predicts the answer's first.
         path: of the file, customarily .safetensors.
         tokenizer: a transformers tokenizer, for its fingerprint; None is a tokenizer like another.
         batch_size: pairs in a batch.
@@ -73,38 +71,55 @@ def precompute_ref_logps(
 
     Returns:
         RefLogps, float32, or float64 for a float64 model. Empty answers give 0, and a warning that
-        counts and names their rows.
+        counts and names their rows. Equal rows have equal values.
 
     Raises:
-        ValueError: a file of another model, tokenizer or data set, or a row that cannot be scored,
-            by its number.
-        RuntimeError: called on a rank other than 0 before the file is complete.
+        ValueError: a file of another model or tokenizer, and what differs; a row that cannot be
+            scored, by its number; weights that are elsewhere.
+        RuntimeError: called on a rank other than 0 before the file is complete; another process
+            writes the file.
         ModuleNotFoundError: safetensors, or with progress tqdm, is not installed.
     """
     safetensors = import_safetensors()
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     path = Path(path)
-    journal = path.with_name(path.name + ".partial")
-    header = {
-        "format": FORMAT,
-        "model": model_fingerprint(model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "num_rows": str(len(dataset)),
-    }
-    hashes = _checked_hashes(dataset, output_head(model).weight.shape[0])
-    if not path.exists():
+    journal_path = path.with_name(path.name + ".partial")
+    head = output_head(model)
+    header = {"format": FORMAT, **origin(model, tokenizer)}
+    hashes = checked_hashes(dataset, head.weight.shape[0])
+    # Of seq_logprob_from_model's values.
+    kept, dtype = np.empty(0, RECORD), torch.promote_types(head.weight.dtype, torch.float32)
+    if path.exists():
+        kept, dtype = read_file(safetensors, path, header)
+    if not path.exists() or len(rows_to_score(hashes, kept)):
         _check_rank(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = open_journal(journal, header, hashes, batch_size)
-        _append(journal, done, model, dataset, batch_size, progress, backend)
-        records = read_journal(journal, header)
-        check_rows(records["row_hash"], hashes, journal)
-        write_file(safetensors, path, records, header, _value_dtype(model))
-    ref_logps, found, metadata = read_file(safetensors, path)
-    check_header(metadata, header, path)
-    check_rows(found, hashes, path)
-    journal.unlink(missing_ok=True)
+        with open_journal(journal_path, header) as journal:
+            done = len(journal.records)
+            if len(rows_to_score(hashes, np.concatenate([kept, journal.records]))):
+                done -= done % batch_size  # alone, the rows of a torn batch could get other bits
+            journal.cut(done)
+            kept = np.concatenate([kept, journal.records])
+            numbers = rows_to_score(hashes, kept)
+            num_found = int((find(hashes, kept) >= 0).sum())
+            with (
+                _progress_bar(progress, num_found + len(numbers), num_found) as advance,
+                _eval_mode(model),
+            ):
+                parts = [kept]
+                for start in range(0, len(numbers), batch_size):
+                    batch = numbers[start : start + batch_size]
+                    parts.append(_score(model, dataset, batch, hashes, backend))
+                    journal.append(parts[-1])
+                    advance(len(batch))
+            write_file(safetensors, path, _in_order(hashes, np.concatenate(parts)), header, dtype)
+        kept, dtype = read_file(safetensors, path, header)
+    drop_journal(journal_path, kept)
+    at = find(hashes, kept)
+    if (at < 0).any():
+        raise OSError(f"{path} does not hold what was just written to it; see to the disk")
+    ref_logps = ref_logps_of(kept[at], dtype)
     _report_empty(ref_logps)
     return ref_logps
 
@@ -132,10 +147,20 @@ def score_pairs(
 def collate_pairs(
     rows: Sequence[PreferenceRow], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`collate` of B pairs: all chosen, then all rejected; each (2B, T)."""
+    """`collate` of B pairs: all chosen, then all rejected; each (2B, T).
+
+    A row may have "chosen_mask" and "rejected_mask", 0 at ids of an answer that do not count.
+    """
     answers = [(row["prompt_ids"], row[name]) for name in NAMES[1:] for row in rows]
     ids = [[*prompt, *answer] for prompt, answer in answers]
-    return collate(ids, [len(prompt) for prompt, _ in answers], device)
+    collated = collate(ids, [len(prompt) for prompt, _ in answers], device)
+    mask = collated[2]
+    masks = [row.get(name) for name in MASKS for row in rows]
+    for b, (answer_mask, (prompt, _)) in enumerate(zip(masks, answers, strict=True)):
+        if answer_mask is not None:
+            end = len(prompt) + len(answer_mask)
+            mask[b, len(prompt) : end] = torch.as_tensor(answer_mask, device=device)
+    return collated
 
 
 def collate(
@@ -153,84 +178,42 @@ def collate(
     return input_ids.to(device), is_real.long().to(device), is_answer.long().to(device)
 
 
-def _append(
-    journal: Path,
-    done: int,
+def _score(
     model: nn.Module,
     dataset: Sequence[PreferenceRow],
-    batch_size: int,
-    progress: bool,
+    numbers: Any,
+    hashes: Hashes,
     backend: BackendName,
-) -> None:
-    """Score the rows from `done` on, and append a batch at a time, each on the disk at once."""
-    with (
-        _progress_bar(progress, len(dataset), done) as advance,
-        _eval_mode(model),
-        open(journal, "ab") as file,
-    ):
-        for start in range(done, len(dataset), batch_size):
-            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            records = _records(rows, score_pairs(model, rows, backend=backend), start)
-            file.write(records.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            advance(len(rows))
-
-
-def _records(rows: Sequence[PreferenceRow], scored: RefLogps, start: int) -> Records:
-    records = np.empty(len(rows), RECORD)
+) -> Records:
+    """Records of the rows of these numbers, as one batch."""
+    rows = [dataset[int(i)] for i in numbers]
+    scored = score_pairs(model, rows, backend=backend)
+    records = np.zeros(len(rows), RECORD)
     records["row_hash"] = [row_hash(row) for row in rows]
-    for name, values in zip(RECORD.names[1:], scored, strict=True):  # type: ignore[index]
+    for name, values in zip(VALUES, scored, strict=True):
         records[name] = values.numpy()
-    for i, record in enumerate(records):
+    for i, record in zip(numbers, records, strict=True):
+        if record["row_hash"] != hashes[i]:
+            raise ValueError(
+                f"row {i}: dataset[{i}] must give the same ids each time, got others than before; "
+                "tokenise the data set once, and keep what came of it"
+            )
         if not np.isfinite([record["chosen"], record["rejected"]]).all():
             raise ValueError(
-                f"row {start + i}: log-probabilities must be finite, got {record['chosen']} "
+                f"row {i}: log-probabilities must be finite, got {record['chosen']} "
                 f"(chosen) and {record['rejected']} (rejected); the model's weights or dtype are "
                 "at fault (float16 overflows), or the head bans one of the answer's tokens"
             )
+    records["seal"] = seals(records)
     return records
 
 
-def _checked_hashes(dataset: Sequence[PreferenceRow], vocab_size: int) -> Hashes:
-    """Hashes of all rows, which are checked before the first is scored."""
-    hashes = np.empty(len(dataset), ROW_HASH)
-    for i in range(len(dataset)):
-        row = dataset[i]
-        _check_row(row, i, vocab_size)
-        hashes[i] = row_hash(row)
-    return hashes
-
-
-def _check_row(row: PreferenceRow, number: int, vocab_size: int) -> None:
-    for name in NAMES:
-        if name not in row:
-            raise ValueError(
-                f"row {number}: must have {', '.join(NAMES)}, got {', '.join(row)}; tokenise the "
-                "data set first, as TRL's DPOTrainer does"
-            )
-        ids = np.asarray(row[name])
-        if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-            raise ValueError(
-                f"row {number}: {name} must be a list of token ids, got {type(row[name]).__name__} "
-                f"of {ids.dtype} with shape {ids.shape}"
-            )
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(outside):
-            raise ValueError(
-                f"row {number}: {name} must be in [0, {vocab_size}), got {outside[0]}; the "
-                "tokenizer is not the model's, or -100 came in with labels"
-            )
-    if len(row["prompt_ids"]) == 0:
-        raise ValueError(
-            f"row {number}: prompt_ids must have a token at least, since it predicts the answer's "
-            "first; begin the prompt with the tokenizer's bos or a chat template's header"
-        )
-
-
-def _value_dtype(model: nn.Module) -> torch.dtype:
-    """Of seq_logprob_from_model's values."""
-    return torch.promote_types(output_head(model).weight.dtype, torch.float32)
+def _in_order(hashes: Hashes, records: Records) -> Records:
+    """The data set's records in its order, then those of rows that it has no more."""
+    at = find(hashes, records)
+    _, first = np.unique(at, return_index=True)
+    own = at[np.sort(first)]
+    return np.concatenate([records[own], np.delete(records, own)])
 
 
 def _report_empty(ref_logps: RefLogps) -> None:

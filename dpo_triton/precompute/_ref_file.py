@@ -1,7 +1,7 @@
-"""The journal and the file of reference log-probabilities: records appended, cut, checked, read."""
+"""The file of reference log-probabilities: written whole or not at all, checked, read."""
 
-import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,21 +12,10 @@ from torch import Tensor
 
 from .._version import __version__
 from ..seq_logprob import Reduction
-from ._fingerprints import ROW_HASH
+from ._fingerprints import difference
+from ._records import RECORD, VALUES, Records, is_intact
 
-FORMAT = "dpo_triton.ref_logps.1"
-# One row of the journal. Sums are float32 or float64 numbers, which float64 holds exactly.
-RECORD = np.dtype(
-    [
-        ("row_hash", ROW_HASH),
-        ("chosen", "<f8"),
-        ("rejected", "<f8"),
-        ("chosen_length", "<i8"),
-        ("rejected_length", "<i8"),
-    ]
-)
-Records = np.ndarray[Any, np.dtype[np.void]]  # (n,) of RECORD
-Hashes = np.ndarray[Any, np.dtype[np.void]]  # (n,) of ROW_HASH
+FORMAT = "dpo_triton.ref_logps.2"
 
 
 class RefLogps(NamedTuple):
@@ -48,67 +37,33 @@ class RefLogps(NamedTuple):
             self.rejected / self.rejected_lengths.clamp(min=1),
         )
 
-
-def open_journal(journal: Path, header: Mapping[str, str], hashes: Hashes, batch_size: int) -> int:
-    """Start a journal, or cut one to whole batches of checked rows; return how many rows it has.
-
-    A batch that was torn is scored again whole: alone, its rows could get other bits.
-    """
-    head = _head_line(header)
-    if not journal.exists() or head.startswith(journal.read_bytes()):  # killed within its header
-        journal.write_bytes(head)
-        return 0
-    records = read_journal(journal, header)
-    check_rows(records["row_hash"], hashes, journal)
-    done = len(records)
-    done -= 0 if done == len(hashes) else done % batch_size
-    os.truncate(journal, len(head) + done * RECORD.itemsize)
-    return done
+    def columns(self) -> dict[str, list[float]]:
+        """The sums as the columns that TRL's trainers read, N numbers each."""
+        return {
+            "ref_chosen_logps": self.chosen.tolist(),
+            "ref_rejected_logps": self.rejected.tolist(),
+        }
 
 
-def _head_line(header: Mapping[str, str]) -> bytes:
-    return json.dumps(header).encode() + b"\n"
+# The file's tensors and the record's fields that they hold.
+COLUMNS = dict(zip(RefLogps._fields, VALUES, strict=True))
+BYTES = {"row_hashes": "row_hash", "seals": "seal"}  # (N, bytes) uint8
 
 
-def read_journal(journal: Path, header: Mapping[str, str]) -> Records:
-    """Return its whole records, (n,) of RECORD."""
-    head, _, body = journal.read_bytes().partition(b"\n")
-    try:
-        found = json.loads(head)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{journal} is no journal of precompute_ref_logps; delete it")
-    check_header(found, header, journal)
-    return np.frombuffer(body, RECORD, count=len(body) // RECORD.itemsize)
-
-
-def check_header(found: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
-    """Refuse a file that was made from something else."""
-    other = [name for name, value in expected.items() if found.get(name) != value]
-    if other:
-        name = other[0]
-        what = {"format": "format", "num_rows": "number of rows"}.get(name, name)
+def check_origin(found: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
+    """Refuse what was made from something else."""
+    if found.get("format") != expected["format"]:
         raise ValueError(
-            f"{path} was made for another {what}: {name} must be {expected[name]}, the file has "
-            f"{found.get(name)}; pass another path, or delete the file to score anew"
+            f"{path} must have been written by precompute_ref_logps, in format "
+            f"{expected['format']}, got {found.get('format')}; pass another path, or delete it"
         )
-
-
-def check_rows(found: Hashes, hashes: Hashes, path: Path) -> None:
-    """Refuse a file whose rows are not the data set's first."""
-    if len(found) > len(hashes):
-        raise ValueError(
-            f"{path} must have at most {len(hashes)} rows, got {len(found)}; two processes wrote "
-            "it: delete it, and give each run a path of its own"
-        )
-    (changed,) = np.nonzero(found != hashes[: len(found)])
-    if len(changed):
-        raise ValueError(
-            f"row {changed[0]} is not the one that {path} was made for: its ids have changed, or "
-            f"rows changed places ({len(changed)} of {len(found)} differ); pass the same data set, "
-            "or delete the file to score anew"
-        )
+    for name, now in expected.items():
+        was = found.get(name)
+        if was != now:
+            raise ValueError(
+                f"{path} was made for another {name}: {difference(name, was, now)}; pass what it "
+                "was made for, or another path, or delete it to score anew"
+            )
 
 
 def write_file(
@@ -119,14 +74,13 @@ def write_file(
     dtype: torch.dtype,
 ) -> None:
     """Write the file under a name of its own, and only then under its path."""
-    row_hashes = records["row_hash"].copy().view(np.uint8).reshape(-1, ROW_HASH.itemsize)
     tensors = {
-        "chosen": torch.tensor(records["chosen"], dtype=dtype),
-        "rejected": torch.tensor(records["rejected"], dtype=dtype),
-        "chosen_lengths": torch.tensor(records["chosen_length"]),
-        "rejected_lengths": torch.tensor(records["rejected_length"]),
-        "row_hashes": torch.tensor(row_hashes),  # (N, bytes) uint8
+        name: torch.tensor(records[field], dtype=dtype if name == field else None)
+        for name, field in COLUMNS.items()
     }
+    for name, field in BYTES.items():
+        raw = records[field].copy().view(np.uint8)
+        tensors[name] = torch.tensor(raw.reshape(-1, RECORD[field].itemsize))
     written = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         metadata = {**header, "dpo_triton": __version__}
@@ -138,21 +92,40 @@ def write_file(
         written.unlink(missing_ok=True)
 
 
-def read_file(safetensors: Any, path: Path) -> tuple[RefLogps, Hashes, dict[str, str]]:
-    """Return the values, the hashes of the rows, and the metadata."""
+def read_file(
+    safetensors: Any, path: Path, header: Mapping[str, str]
+) -> tuple[Records, torch.dtype]:
+    """Return the records that are intact, and the dtype of their sums.
+
+    Raises:
+        ValueError: no such file, or one that was made from something else.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # SafetensorError, which is no subclass of anything useful
         raise ValueError(f"{path} is no whole safetensors file ({error}); delete it") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} must have been written by precompute_ref_logps, in format {FORMAT}, got "
-            f"{metadata.get('format')}; pass another path"
+    check_origin(metadata, header, path)
+    records = np.empty(len(tensors["seals"]), RECORD)
+    for name, field in COLUMNS.items():
+        records[field] = tensors[name].numpy()
+    for name, field in BYTES.items():
+        records[field] = tensors[name].numpy().reshape(-1).view(RECORD[field])
+    intact = is_intact(records)
+    if not intact.all():
+        warnings.warn(
+            f"{path}: {np.count_nonzero(~intact)} of {len(records)} rows do not have their "
+            "checksums, so a disk or a copy changed them; they are scored again",
+            stacklevel=3,
         )
-    hashes = tensors["row_hashes"].numpy().reshape(-1).view(ROW_HASH)
-    return RefLogps(*(tensors[name] for name in RefLogps._fields)), hashes, metadata
+    return records[intact], tensors["chosen"].dtype
+
+
+def ref_logps_of(records: Records, dtype: torch.dtype) -> RefLogps:
+    """The values of (n,) records, sums in `dtype`."""
+    chosen, rejected, *lengths = (torch.tensor(records[field]) for field in VALUES)
+    return RefLogps(chosen.to(dtype), rejected.to(dtype), *lengths)
 
 
 def import_safetensors() -> Any:

@@ -1,28 +1,22 @@
-"""The kernel benchmark's counts are right, wrong results are refused, and goals judged by rows."""
+"""The kernel benchmark's counts are right, and wrong results are refused."""
 
-import csv
-import sys
 from collections import Counter
 
 import pytest
 import torch
+from bench_programs import read_csv
 
 pytest.importorskip("tqdm")
 
-import bench_kernels
-import gpu_check
-import kernel_counts
-import kernel_goals
-import kernel_measure
-import kernel_peers
-import kernel_report
-import tune_kernels
+import dpo_triton
+from benchmarks import bench_kernels, tune_kernels
+from benchmarks.common.peers import OURS
+from benchmarks.common.report import Figure, Figures, aligned
+from benchmarks.kernel import counts, measure, peers
+from benchmarks.kernel.peers import LIGER, TRL, KernelPeer
+from benchmarks.kernel.rows import FLOOR, MEMORY, PTX, TIME
 from gpu_lab.driver import emulate
 from gpu_lab.loops import Instruction, streaming_loop
-from kernel_peers import LIGER, OURS, TRL, KernelPeer
-from kernel_report import BINDING, FLOOR, MEMORY, PTX, TIME, Row, Rows
-
-import dpo_triton
 
 V = 4096
 TINY = ["--vocab", str(V), "--quick", "--no-plot"]
@@ -35,12 +29,11 @@ def as_if_without_gpu(monkeypatch):
 
 
 def without_peers(monkeypatch):
-    monkeypatch.setattr(kernel_peers, "why_not", lambda module: f"no {module}, for the test")
+    monkeypatch.setattr(bench_kernels, "candidates", lambda dtype: peers.candidates(dtype)[:1])
 
 
 def read(path):
-    with path.open() as file:
-        return [row | dict(value=number(row["value"])) for row in csv.DictReader(file)]
+    return [row | dict(value=number(row["value"])) for row in read_csv(path)]
 
 
 def number(text):
@@ -51,7 +44,7 @@ def number(text):
 
 
 def fields(row):
-    return {name: row[name] for name in Row.__dataclass_fields__}
+    return {name: row[name] for name in Figure.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -60,9 +53,6 @@ def test_counts_without_peers(monkeypatch, capsys, tmp_path, dtype):
     arguments = [*TINY, "--dtype", dtype, "--output", str(tmp_path)]
     assert bench_kernels.main(arguments) == 0
     out = capsys.readouterr().out
-    for name, module in kernel_peers.MODULES.items():
-        assert f"not run: {name}: no {module}" in out
-    assert "goals: none can be judged" in out
     assert "published 0.89 ms" in out
 
     cells = read(tmp_path / "kernels-modelled.local.csv")
@@ -70,7 +60,7 @@ def test_counts_without_peers(monkeypatch, capsys, tmp_path, dtype):
     assert all(row["command"].endswith(" ".join(arguments)) for row in cells)
     assert {row["how"] for row in cells} >= {"counted", "static", "modelled"}
     assert all("modelled" in row["quantity"] for row in cells if row["how"] == "modelled")
-    rows = Rows(Row(**fields(row)) for row in cells)
+    rows = Figures(Figure(**fields(row)) for row in cells)
     size = getattr(torch, dtype).itemsize
     three_of_four = 0.75  # with the shift a sequence of 4 tokens has 3 rows to read
     for case, scored in {
@@ -118,26 +108,29 @@ def test_a_peer_that_fails_is_said(monkeypatch, capsys, tmp_path):
     def fail(logits, labels, mask, shift):
         raise RuntimeError("no such kernel, for the test")
 
-    ours = kernel_peers.ours()
-    broken = KernelPeer(LIGER, fail, ours.tile)
-    monkeypatch.setattr(kernel_peers, "collect", lambda dtype: ([ours, broken], {}))
-    monkeypatch.setattr(bench_kernels, "CASES", (kernel_counts.ALL, kernel_counts.HALF_SHIFT))
+    ours = peers.candidates(torch.bfloat16)[0]
+    broken = KernelPeer(LIGER, "", lambda: fail)
+    absent = KernelPeer(TRL, "", lambda: fail, "no_such_package")
+    monkeypatch.setattr(bench_kernels, "candidates", lambda dtype: [ours, broken, absent])
+    monkeypatch.setattr(bench_kernels, "CASES", (counts.ALL, counts.HALF_SHIFT))
     assert bench_kernels.main([*TINY[:-1], "--output", str(tmp_path)]) == 0
-    assert f"not run: {LIGER}: RuntimeError: no such kernel" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"not run: {LIGER}: RuntimeError: no such kernel" in out
+    assert f"not run: {TRL}: no_such_package is not installed" in out
     assert (tmp_path / "kernels-modelled.local.png").stat().st_size > 0
 
 
 def test_torch_traffic_is_that_of_the_operators():
     logits = torch.zeros(2, 4, V, dtype=torch.bfloat16, requires_grad=True)
     whole, part = 2 * 4 * V * 2, 2 * 3 * V * 2
-    with kernel_counts.TorchTraffic(V) as traffic:
+    with counts.TorchTraffic(V) as traffic:
         result = logits[:, :-1]  # a view
     assert (traffic.loaded, traffic.stored) == (0, 0)
-    with kernel_counts.TorchTraffic(V) as traffic:
+    with counts.TorchTraffic(V) as traffic:
         torch.autograd.grad(result, logits, torch.ones_like(result))
     ones = part  # torch.ones_like
     assert (traffic.loaded, traffic.stored - ones) == (part, whole + part)
-    with kernel_counts.TorchTraffic(V) as traffic:
+    with counts.TorchTraffic(V) as traffic:
         result.detach().reshape(-1, V)  # a copy
         torch.zeros(V - 1).clone()  # too small to count
     assert (traffic.loaded, traffic.stored) == (part, part)
@@ -166,58 +159,6 @@ def test_shortest_way_takes_the_smaller_branch():
     assert len(loop.hot) < len(loop.shortest) < len(loop.body)
 
 
-def goal_rows(instructions=7.0, theirs=17.0, loaded=1.0, time=1.0, torch_bytes=0.0):
-    rows = Rows()
-    for passes in ("forward", "backward"):
-        for target in kernel_goals.TARGETS:
-            rows.append(Row(OURS, passes, target, "all", PTX, "", instructions, "counted"))
-            rows.append(Row(TRL, passes, target, "all", PTX, "", theirs, "counted"))
-        stored = 0.0 if passes == "forward" else 2.0
-        for case, scale in (("all", 2.0), ("50%, shift", 1.0)):
-            for quantity, value in (
-                ("loaded bytes per logit", loaded * scale),
-                ("stored bytes per logit", stored),
-                ("PyTorch's bytes per logit", torch_bytes),
-            ):
-                rows.append(Row(OURS, passes, "sm_90", case, quantity, "", value, "counted"))
-        for device in kernel_goals.MEMORY_SLACK:
-            others = f"{TIME} of issue slots in the kernel"
-            for quantity, value in (
-                (TIME, time),
-                (MEMORY, 1.0),
-                (BINDING, "memory"),
-                (others, 0.5),
-            ):
-                rows.append(Row(OURS, passes, device, "all", quantity, "ms", value, "modelled"))
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("changed", "missed"),
-    [
-        (dict(), 0),
-        (dict(instructions=8.0), 2),  # the forwards
-        (dict(instructions=8.6), 4 + 2),  # and over half of TRL's forward
-        (dict(theirs=13.0), 2),  # 0.54 of TRL's
-        (dict(loaded=1.004), 0),
-        (dict(loaded=1.02), 4),  # 1.02 + 2 is 0.7 % above
-        (dict(torch_bytes=6.0), 4),
-        (dict(time=1.1), 4),  # H100 and H200
-        (dict(time=1.2), 6),
-    ],
-)
-def test_goals_are_judged_by_rows(changed, missed):
-    goals = kernel_goals.judge(goal_rows(**changed))
-    assert len(goals) == 8 + 4 + 6
-    assert sum(not goal.met for goal in goals) == missed, kernel_goals.goals_text(goals)
-    assert kernel_goals.goals_text(goals).count("MISSED") == missed
-
-
-def test_goals_without_trl():
-    rows = Rows(row for row in goal_rows() if row.impl == OURS)
-    assert len(kernel_goals.judge(rows)) == 4 + 4 + 6
-
-
 def test_tuning_marks_the_chosen_setting(monkeypatch, capsys):
     monkeypatch.setattr(tune_kernels, "QUICK_BLOCKS", (512,))
     assert tune_kernels.main(["--quick", "--vocab", "16384", "--target", "sm_90"]) == 0
@@ -234,11 +175,11 @@ def test_tuning_marks_the_chosen_setting(monkeypatch, capsys):
 def test_measured_rows():
     logits = torch.zeros(2, 4, V, dtype=torch.bfloat16)
     labels = torch.zeros(2, 4, dtype=torch.int64)
-    inputs = kernel_counts.make_inputs(logits, labels, kernel_counts.HALF_SHIFT)
-    rows = Rows()
-    for passes in kernel_measure.TIMED:
+    inputs = counts.make_inputs(logits, labels, counts.HALF_SHIFT)
+    rows = Figures()
+    for passes in measure.TIMED:
         samples = [0.004, 0.002, 0.001, 0.003, 0.005]
-        rows += kernel_measure.time_rows(OURS, inputs, passes, samples, copy_gb_per_s=20.0)
+        rows += measure.time_rows(OURS, inputs, passes, samples, copy_gb_per_s=20.0)
     assert rows.value("time", passes="forward") == 0.003
     assert rows.value("time, p20") == 0.002
     assert rows.value("time, p80") == 0.005
@@ -250,29 +191,30 @@ def test_measured_rows():
     ):
         speed = rows.value("least bytes over time", passes=passes)
         assert speed == pytest.approx(least / 0.003e-3 / 1e9)
-        assert rows.value(kernel_measure.COPY_SHARE, passes=passes) == pytest.approx(speed / 20)
-    table = kernel_measure.table(rows)
+        assert rows.value(measure.COPY_SHARE, passes=passes) == pytest.approx(speed / 20)
+    table = measure.table(rows)
     assert len(table.splitlines()) == 4
     assert "0.003  0.002 - 0.005" in table
-    overwriting = KernelPeer(LIGER, lambda *a: None, lambda *a: 1, overwrites_logits=True)
-    assert kernel_measure.timed(overwriting, inputs, "backward") is None
+    overwriting = KernelPeer(LIGER, "", lambda: print, overwrites_logits=True)
+    assert measure.timed(overwriting, inputs, "backward") is None
 
 
 def plain(logits, labels, mask, shift):
-    logits, labels, mask = kernel_peers.sliced(logits, labels, mask, shift)
+    logits, labels, mask = peers.sliced(logits, labels, mask, shift)
     logps = logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    return kernel_peers.masked_sum(logps, mask)
+    return (logps if mask is None else logps * mask).sum(1)
 
 
 @pytest.mark.parametrize("error", [0.0, 0.1])
 def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     """The same command, with a CPU for the GPU and plain PyTorch for the kernels."""
-    peer = KernelPeer(OURS, lambda *batch: plain(*batch) * (1 + error), lambda *where: 1)
-    monkeypatch.setattr(kernel_peers, "collect", lambda dtype: ([peer], {TRL: "not here"}))
+    peer = KernelPeer(OURS, "", lambda: lambda *batch: plain(*batch) * (1 + error), ours=True)
+    absent = KernelPeer(TRL, "", lambda: plain, obstacle="not here")
+    monkeypatch.setattr(bench_kernels, "candidates", lambda dtype: [peer, absent])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, value in dict(DEVICE=torch.device("cpu"), COPY_NUMEL=2**16, ROWS=16).items():
-        monkeypatch.setattr(kernel_measure, name, value)
-    monkeypatch.setattr(kernel_measure, "SEQ_LEN", 8)
+        monkeypatch.setattr(measure, name, value)
+    monkeypatch.setattr(measure, "SEQ_LEN", 8)
     status = bench_kernels.main(["--vocab", "257", "--quick", "--output", str(tmp_path)])
     out, err = capsys.readouterr()
     if error:
@@ -289,31 +231,8 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     assert all(row["value"] > 0 for row in cells)
 
 
-def test_gpu_check_without_a_gpu(capsys):
-    assert gpu_check.main() == 1
-    assert "no GPU" in capsys.readouterr().out
-    assert sum(step.limit_s for step in gpu_check.steps()) < 600
-
-
-def test_gpu_check_sums_up():
-    run = lambda code, limit_s=20.0: gpu_check.run(  # noqa: E731
-        gpu_check.Step(code, [sys.executable, "-c", code], limit_s, {"A": "1"})
-    )
-    outcomes = [
-        run("import os; assert os.environ['A'] == '1'"),
-        run("raise SystemExit(3)"),
-        run("import time; time.sleep(20)", 0.2),
-        gpu_check.run(gpu_check.Step("nothing", [], 1.0, {})),
-    ]
-    assert [outcome.is_failure for outcome in outcomes] == [False, True, True, False]
-    text = gpu_check.summary(outcomes)
-    for expected in ("ok", "FAILED, exit status 3", "FAILED, more than", "not found on PATH"):
-        assert expected in text
-    assert len(text.splitlines()) == 5
-
-
 def test_a_partial_run_gets_a_name_that_git_ignores():
     for arguments, suffix in (([], ""), (["--vocab", "128"], ".local"), (["--quick"], ".local")):
         args = bench_kernels.parse_args(arguments)
-        assert bench_kernels.output_path(args, "a").name == f"a{suffix}.csv"
-    assert kernel_report.aligned([("a", "b"), ("aa", "bb")], 1) == "a    b\naa  bb"
+        assert bench_kernels.output_paths(args, "a")[0].name == f"a{suffix}.csv"
+    assert aligned([("a", "b"), ("aa", "bb")], 1) == "a    b\naa  bb"

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from batches import fused, make_batch, value_and_grad
+
 from gpu_lab import codegen, driver
 from gpu_lab.driver import emulate
 
@@ -51,13 +52,13 @@ def test_no_spills_half_of_the_warps_and_wide_accesses(target, dtype, layout, op
     width, vocab_size = LAYOUTS[layout]
     with emulate(target, schedule=None) as lab:
         run(vocab_size, dtype, width, **OPTIONS[options])
-    assert len(lab.launched) == 3
+    assert len(lab.launched) == 4
     for kernel in lab.launched:
         code = codegen.inspect_kernel(kernel)
         assert code.spills == 0, kernel.name
         assert code.stack_bytes == 0, kernel.name
         assert code.occupancy >= 0.5, (kernel.name, code.registers, code.occupancy_limit)
-        if kernel.name != "_combine_kernel" and layout != "50257":
+        if kernel.name in ("_partials_kernel", "_grad_kernel") and layout != "50257":
             assert code.access_bits["load"][128] > 0, kernel.name
         if kernel.name == "_grad_kernel" and layout == "128256":
             assert code.access_bits["store"][128] > 0
@@ -70,7 +71,7 @@ def test_executed_instructions(target, vocab_size):
     batch = make_batch((1, 3, vocab_size), torch.bfloat16)._replace(mask=torch.ones(1, 3))
     with emulate(target) as lab:
         value_and_grad(fused("triton"), batch)
-    forward, _, backward = lab.launches
+    forward, _, _, backward = lab.launches
     logits = 3 * vocab_size
 
     def a_logit(launch, prefix=""):
@@ -80,6 +81,11 @@ def test_executed_instructions(target, vocab_size):
     # MiniMind's 6400 are half a split: what a program does once weighs more.
     assert a_logit(forward) <= (7.5 if vocab_size > 100_000 else 10.0)
     assert a_logit(backward) <= (7.5 if vocab_size > 100_000 else 9.5)
+    # Sums stay in threads until the split's end: two warps, two numbers, and both over warps.
+    num_warps = forward.num_blocks * forward.num_threads // 32
+    shuffles = sum(n for opcode, n in forward.instructions.items() if opcode.startswith("shfl"))
+    assert shuffles <= 12 * num_warps
+    assert a_logit(backward, "shfl") == 0
     assert a_logit(forward, "ex2") <= (1.07 if vocab_size > 100_000 else 1.1)
     assert a_logit(backward, "ex2") <= (1.01 if vocab_size > 100_000 else 1.05)
     in_sixteens = [16 * launch.lanes["load", 16] / (2 * logits) for launch in (forward, backward)]
@@ -88,6 +94,30 @@ def test_executed_instructions(target, vocab_size):
     # Least traffic: a logit is read once forward, read and written once backward. What belongs to a
     # token is read by each of a program's threads, from the cache: not counted here.
     assert sum(n for (kind, size), n in backward.lanes.items() if kind == "store") == logits / 8
+
+
+def test_what_tokens_cost():
+    """Warp instructions of the kernels that read no logits: a block of tokens of which none is
+    scored does next to nothing, and float64 is what adds a sequence's lanes alone."""
+    mask = torch.zeros(2, 4096)
+    mask[1] = 1.0
+    counted = {}
+    for name, b in (("unscored", 0), ("scored", 1)):
+        batch = make_batch((1, 4096, 2), torch.bfloat16)._replace(mask=mask[b : b + 1])
+        with emulate("sm_90") as lab:
+            fused("triton")(*batch)
+        counted[name] = {launch.kernel: launch.instructions for launch in lab.launches}
+    warps = 4096 // 32
+    scored, unscored = (counted[name]["_combine_kernel"] for name in ("scored", "unscored"))
+    assert unscored.total() <= 60 * warps
+    assert scored.total() <= 900 * warps
+    in_float64 = [
+        sum(n for opcode, n in instructions.items() if "f64" in opcode)
+        for instructions in (scored, counted["scored"]["_sequences_kernel"])
+    ]
+    assert in_float64[0] == 0
+    assert in_float64[1] <= 100
+    assert counted["scored"]["_sequences_kernel"].total() <= 80 * warps
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -119,7 +149,7 @@ def test_no_float_atomics():
         for dtype in (torch.bfloat16, torch.float32):
             for options in OPTIONS.values():
                 run(6416, dtype, **options)
-    assert len(lab.launched) == 3 * 2 * len(OPTIONS)
+    assert len(lab.launched) == 4 * 2 * len(OPTIONS)
     for kernel in lab.launched:
         text = kernel.asm["ptx"].read_text()
         assert re.search(r"\s(atom|red)\.", text) is None

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from batches import fused, make_batch, value_and_grad
+
 from gpu_lab import driver, machine, ptx
 from gpu_lab.driver import emulate
 

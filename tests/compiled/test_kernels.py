@@ -7,9 +7,9 @@ which also checks bounds, alignment, barriers and races (its own tests: test_emu
 import pytest
 import torch
 from batches import Batch, assert_within_budget, fused, make_batch, max_error, truth, value_and_grad
-from gpu_lab.driver import emulate
 
 from dpo_triton import reference
+from gpu_lab.driver import emulate
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -64,7 +64,7 @@ def check(batch, shift=False, **options):
 def test_value_and_gradient(vocab_size, dtype, lab):
     check(make_batch((2, 3, vocab_size), dtype))
     assert {launch.kernel for launch in lab.launches} == {
-        "_partials_kernel", "_combine_kernel", "_grad_kernel",
+        "_partials_kernel", "_combine_kernel", "_sequences_kernel", "_grad_kernel",
     }  # fmt: skip
 
 

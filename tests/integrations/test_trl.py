@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("trl")
+pytest.importorskip("datasets")  # trl itself imports without it
 pytest.importorskip("peft")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 

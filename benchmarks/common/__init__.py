@@ -1,0 +1,1 @@
+"""What every benchmark uses: peers, cases, goals, reports, measuring, the command line."""

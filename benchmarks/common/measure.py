@@ -1,0 +1,227 @@
+"""Times, peak memory, copy speed, and the name of the machine that they belong to."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+PR_SET_THP_DISABLE = 41  # of Linux's prctl.h
+
+# While a time is taken, smaller buffers may stay in the heap, as they do in any process: the one of
+# dpo_triton, which does not grow with the batch, is among them.
+HEAP_BYTES = 2**23
+# A lone sample may have met a stall of the machine.
+LEAST_SAMPLES = 3
+
+
+def times_ms(
+    fn: Callable[[], object],
+    device: torch.device,
+    *,
+    min_run_s: float,
+    restore: Callable[[], None] | None = None,
+) -> list[float]:
+    """Return samples of the time of fn, in ms, that add up to min_run_s or more.
+
+    restore, which is not timed, undoes what fn does to its inputs before each sample.
+    """
+    if device.type == "cuda":
+        return _times_ms_cuda(fn, min_run_s, restore)
+    timer = Timer(
+        "fn()",
+        setup="restore()" if restore else "pass",
+        globals=dict(fn=fn, restore=restore),
+        num_threads=torch.get_num_threads(),
+    )
+    map_buffers(HEAP_BYTES)
+    try:
+        samples: list[float] = []
+        least_ms = 1e3 * min_run_s
+        if restore is None:
+            samples = [1e3 * t for t in timer.blocked_autorange(min_run_time=min_run_s).times]
+            least_ms = 0.0  # had already
+        while len(samples) < LEAST_SAMPLES or sum(samples) < least_ms:
+            samples.append(1e3 * timer.timeit(1).times[0])  # one restore, one fn
+        return samples
+    finally:
+        map_buffers()
+
+
+def time_once_ms(fn: Callable[[], object], device: torch.device) -> float:
+    """Return the time of one call of fn, which has run before, in ms: for calls of a second, whose
+    samples are taken in turns with those of others."""
+    if device.type == "cuda":
+        return _event_ms(fn)
+    map_buffers(HEAP_BYTES)
+    try:
+        start = time.perf_counter()
+        fn()
+        return 1e3 * (time.perf_counter() - start)
+    finally:
+        map_buffers()
+
+
+def _event_ms(fn: Callable[[], object]) -> float:
+    """One call's time between two events on the GPU, which is idle before."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    fn()
+    stop.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(stop))
+
+
+def _times_ms_cuda(
+    fn: Callable[[], object], min_run_s: float, restore: Callable[[], None] | None
+) -> list[float]:
+    from triton.testing import do_bench
+
+    if restore is None:
+        return list(do_bench(fn, rep=int(1e3 * min_run_s), return_mode="all"))
+    samples: list[float] = []
+    while sum(samples) < 1e3 * min_run_s:
+        restore()
+        samples.append(_event_ms(fn))
+    return samples
+
+
+def peak_mib(fn: Callable[[], object], device: torch.device) -> float | None:
+    """Return the most that a call of fn, which has run before, holds above what is there, in MiB.
+
+    Its result counts. On a CPU it is the resident size, so that pages that nobody touched do not
+    count; None where the kernel keeps no such record, as outside of Linux.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = fn()
+        torch.cuda.synchronize()
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with _no_huge_pages():
+        if not _reset_peak_rss():
+            return None
+        before = _status_mib("VmRSS")
+        result = fn()
+        del result
+        return _status_mib("VmHWM") - before
+
+
+@contextlib.contextmanager
+def _no_huge_pages() -> Iterator[None]:
+    """Have the resident size follow what is touched: huge pages would round it up to 2 MiB."""
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.malloc_trim(0)
+    libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
+
+
+def map_buffers(num_bytes: int = 2**20) -> None:
+    """Have glibc take buffers of num_bytes or more from the operating system each time.
+
+    By itself it does so from 32 MiB on, which batches of everyday size are far beyond. Below that,
+    or where its heap has a hole that happens to fit, it hands out pages used before: what allocates
+    most then takes up to six times less, in one case and not in the next.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, num_bytes)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * num_bytes)  # glibc's own ratio
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def _reset_peak_rss() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_mib("VmHWM") < _status_mib("VmRSS") + 1
+    except OSError:
+        return False
+
+
+def _status_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 2**10
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+class OtherLoad:
+    """What other processes use of the cores, since this was made."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Core seconds: of all processes, of this one and its children, and that there were."""
+        try:
+            ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        except OSError:
+            return 0.0, 0.0, 0.0
+        seconds = [tick / os.sysconf("SC_CLK_TCK") for tick in ticks]
+        idle = seconds[3] + seconds[4]  # and waiting for a disk
+        return sum(seconds) - idle, sum(os.times()[:4]), sum(seconds)
+
+    def share(self) -> float:
+        """Return the part of all cores that others used, 0 where nobody tells."""
+        busy, own, total = (x - y for x, y in zip(self._now(), self.start, strict=True))
+        return max(0.0, busy - own) / total if total > 0 else 0.0
+
+
+def copy_gb_per_s(device: torch.device, *, numel: int, min_run_s: float) -> float:
+    """Return the speed of copying numel float32 numbers: GB read plus GB written, per second."""
+    source = torch.ones(numel, device=device)
+    target = torch.ones_like(source)
+    samples = times_ms(lambda: target.copy_(source), device, min_run_s=min_run_s)
+    return 2 * source.nbytes / statistics.median(samples) / 1e6
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on device, or 8 GiB where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 2**10
+    return 2**33
+
+
+def machine_name(device: torch.device) -> str:
+    """Return such as "AMD EPYC, 2 threads, 23 GiB"."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    parts = [name, f"{torch.get_num_threads()} threads"]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        parts.append(f"{memory / 2**30:.0f} GiB")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""A DPO step of a real model: `bench_dpo_step`."""

@@ -1,0 +1,65 @@
+"""The parts of a step, told apart by hooks on the backbones."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.common.peers import Peer
+from benchmarks.dpo_step.batch import Batch
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one step."""
+
+    backbones: float
+    head: float
+    head_backward: float
+    backbone_backward: float
+
+    @property
+    def total(self) -> float:
+        return self.backbones + self.head + self.head_backward + self.backbone_backward
+
+
+class StepClock:
+    """Takes a step and the times between: hooks say when a backbone starts and ends, and when its
+    last hidden state has its gradient."""
+
+    def __init__(self, policy: Any, reference_model: Any) -> None:
+        self.backbones = self.entered = self.reached = 0.0
+        for model in (policy, reference_model):
+            model.base_model.register_forward_pre_hook(self._enter)
+            model.base_model.register_forward_hook(self._leave)
+
+    def _enter(self, *unused: Any) -> None:
+        self.entered = time.perf_counter()
+
+    def _leave(self, module: Any, args: Any, output: Any) -> None:
+        self.backbones += time.perf_counter() - self.entered
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.register_hook(self._reach)
+
+    def _reach(self, grad: Tensor) -> None:
+        self.reached = time.perf_counter()
+
+    def step(self, one: Peer, batch: Batch) -> float:
+        """Forward and backward; the gradients are left to the policy, the loss is returned."""
+        self.backbones = 0.0
+        self.start = time.perf_counter()
+        loss = one.fn(batch)
+        self.forward_done = time.perf_counter()
+        loss.backward()
+        self.done = time.perf_counter()
+        return loss.item()
+
+    def parts(self) -> Parts:
+        """Of the last step."""
+        return Parts(
+            self.backbones,
+            self.forward_done - self.start - self.backbones,
+            self.reached - self.forward_done,
+            self.done - self.reached,
+        )

@@ -1,0 +1,135 @@
+"""Three ways from a model and a batch to DPO's loss."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import token_logps
+from benchmarks.common.peers import OURS, Peer
+from benchmarks.dpo_step.batch import NUM_PAIRS, Batch
+from dpo_triton import fused_linear_seq_logprob, reference
+
+LOGITS, TRL = "logits", "TRL"
+BETA = 0.1
+
+Sums = Callable[[Any, Batch], Tensor]  # (model, batch) -> (2 * pairs,) log-probabilities, nats
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPeer(Peer):
+    """Its fn is the loss of a batch."""
+
+    sums: Sums = lambda model, batch: torch.empty(0)
+
+
+def candidates(policy: Any, reference_model: Any, tokenizer: Any, folder: str) -> list[StepPeer]:
+    def of_sums(sums: Sums) -> Callable[[Batch], Tensor]:
+        def loss(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                ref_logps = sums(reference_model, batch)
+            chosen, rejected = (sums(policy, batch) - ref_logps).chunk(2)
+            return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+        return loss
+
+    def trl() -> Callable[[Batch], Tensor]:
+        trainer = make_trainer(policy, reference_model, tokenizer, folder)
+        return lambda batch: trainer.compute_loss(policy, dataclasses.asdict(batch))
+
+    return [
+        StepPeer(
+            LOGITS,
+            "log_softmax(model(...).logits[:, :-1], -1).gather(...)",
+            lambda: of_sums(sums_of_logits),
+            sums=sums_of_logits,
+        ),
+        StepPeer(
+            OURS,
+            "fused_linear_seq_logprob on the backbone's hidden states",
+            lambda: of_sums(sums_of_ours),
+            ours=True,
+            sums=sums_of_ours,
+        ),
+        StepPeer(
+            TRL,
+            "DPOTrainer.compute_loss, unpatched: its chunked head, its metrics",
+            trl,
+            "trl.trainer.dpo_trainer",
+            sums=sums_of_trl,
+        ),
+    ]
+
+
+def make_trainer(policy: Any, reference_model: Any, tokenizer: Any, folder: str) -> Any:
+    """A DPOTrainer; its data are not used. It gives both models a chunked head."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir=folder,
+        beta=BETA,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        per_device_train_batch_size=NUM_PAIRS,
+    )
+    data = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    return DPOTrainer(
+        model=policy,
+        ref_model=reference_model,
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+
+
+def sums_of_logits(model: Any, batch: Batch) -> Tensor:
+    inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
+    logits = model(batch.input_ids, **inputs).logits[:, :-1]
+    return (token_logps.log_softmax(logits, batch.input_ids[:, 1:]) * batch.scored).sum(1)
+
+
+def sums_of_ours(model: Any, batch: Batch) -> Tensor:
+    head = model.get_output_embeddings()
+    return fused_linear_seq_logprob(
+        hidden_states(model, batch),
+        head.weight,
+        batch.input_ids,
+        batch.completion_mask,
+        bias=head.bias,
+        reduction="sum",
+        shift=True,
+    )
+
+
+def sums_of_trl(model: Any, batch: Batch) -> Tensor:
+    labels = batch.input_ids.masked_fill(batch.completion_mask == 0, -100)
+    inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
+    return model(batch.input_ids, **inputs, labels=labels, fused_lm_head=True).log_probs.sum(1)
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
+    return model.base_model(batch.input_ids, **inputs).last_hidden_state
+
+
+@torch.no_grad()
+def exact_sums(model: Any, batch: Batch) -> Tensor:
+    """Sums of log-probabilities in float64 from the same hidden states, one sequence at a time."""
+    weight = model.get_output_embeddings().weight.double()
+    rows = hidden_states(model, batch).double()
+    inputs = (batch.input_ids, batch.completion_mask)
+    return torch.cat(
+        [
+            reference.seq_logprob(
+                (rows[b] @ weight.T)[None], *(x[b : b + 1] for x in inputs),
+                reduction="sum", shift=True,
+            )
+            for b in range(len(rows))
+        ]
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Log-probabilities from hidden states and a head: `bench_linear`."""

@@ -1,0 +1,172 @@
+"""Bytes, products and launches per token of a head on a GPU, modelled: nothing here is measured.
+
+Assumed: bfloat16, one call on TOKENS tokens of which a share is scored; both schemes drop the rest.
+Every operand of every launch crosses the memory once: nothing stays in a cache between launches. A
+product that adds to its result reads and writes it. A product is scored tokens x H x V
+multiply-adds. Only launches per tile count, not the few dozen of a call. From the sources of trl
+1.16 and of dpo_triton/_head/, torch >= 2.8.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.common.peers import OURS
+from benchmarks.common.report import Columns
+from benchmarks.head.peers import TRL
+from dpo_triton._head._tiles import TILE_V, Tiles, kept_numel
+from dpo_triton.linear import TILE_BYTES_ELSEWHERE
+
+TOKENS = 8192
+BF16, FLOAT32 = 2, 4
+TRL_TILE = (4096, 32768)  # tokens, columns
+TRL_VERSION = "1.16.0"  # that is modelled
+COLUMNS = Columns(
+    2,
+    {
+        "scheme": lambda row: row.scheme,
+        "head": lambda row: row.head,
+        "scored": lambda row: f"{row.scored_share:.0%}",
+        "tiles": lambda row: f"{row.tiles}",
+        "products": lambda row: f"{row.products:.2f}",
+        "launches": lambda row: f"{row.launches_per_token:.4f}",
+        "bytes": lambda row: f"{row.bytes_per_token / 1e6:.2f} MB",
+        "of the tiles": lambda row: f"{row.tile_bytes_per_token / 1e6:.2f} MB",
+        "largest tile": lambda row: f"{row.tile_mib:.0f}",
+    },
+)
+NOTES = f"""\
+products: each scored tokens x H x V multiply-adds, per scored token. launches, bytes: per token.
+of the tiles: bytes that are logits or their gradient. largest tile: MiB.
+One call of {TOKENS} tokens, bfloat16; every operand of a launch crosses the memory once, and
+nothing stays in a cache. Launches per tile alone."""
+
+
+@dataclass(frozen=True)
+class ModelledRow:
+    """Forward + backward of one scheme, modelled."""
+
+    scheme: str
+    model: str
+    hidden_size: int
+    vocab_size: int
+    head: str
+    scored_share: float
+    tiles: int
+    products: float  # per scored token
+    launches_per_token: float
+    bytes_per_token: float
+    tile_bytes_per_token: float  # of them: logits and their gradient
+    tile_mib: float
+    source: str = "modelled"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a tile costs in launches, and in crossings of the memory."""
+
+    name: str
+    tile: tuple[int, int]  # rows, columns
+    products: int
+    launches: int  # a tile
+    logits: int  # crossings of a tile by logits or their gradient, each of bfloat16
+    weight_reads: int  # of the tile's columns, bfloat16
+    hidden_reads: int  # of the tile's rows, bfloat16
+    hidden_sum_bytes: int  # a tile, for an element of the float32 sum of hidden's gradient
+    weight_sum_bytes: int  # the same of weight's; and
+    weight_bytes: int  # once, for an element of weight: zeros, and the result
+    keeps_tiles: bool  # for the backward pass, which saves a product each
+
+
+def schemes(is_frozen: bool) -> list[Scheme]:
+    """TRL's scheme and this package's.
+
+    TRL: forward a product and a kernel; backward a product, a kernel in place, and a product for
+    each gradient that adds to a float32 sum; zeros before and a conversion after.
+    This package: forward a product, a kernel, three small copies; backward the same product, a
+    kernel, a product and an addition for hidden's gradient, a product that writes weight's (a call
+    of TOKENS tokens is one tile of rows). With a frozen head the gradient is made in the forward
+    pass: eleven small operations for the rescaling, a kernel, a product and an addition.
+    """
+    rows = TILE_BYTES_ELSEWHERE // (TILE_V * BF16)
+    trl = Scheme(
+        TRL,
+        TRL_TILE,
+        products=3 if is_frozen else 4,
+        launches=5 if is_frozen else 6,
+        logits=6 if is_frozen else 7,
+        weight_reads=3,
+        hidden_reads=2 if is_frozen else 3,
+        hidden_sum_bytes=2 * FLOAT32,
+        weight_sum_bytes=0 if is_frozen else 2 * FLOAT32,
+        weight_bytes=0 if is_frozen else 2 * FLOAT32 + BF16,
+        keeps_tiles=False,
+    )
+    ours = Scheme(
+        OURS,
+        (rows, TILE_V),
+        products=2 if is_frozen else 4,
+        launches=19 if is_frozen else 10,
+        logits=5 if is_frozen else 7,
+        weight_reads=2 if is_frozen else 3,
+        hidden_reads=1 if is_frozen else 3,
+        # A product of its own, written and read, and the sum read and written; rescaled if frozen.
+        hidden_sum_bytes=(6 if is_frozen else 4) * FLOAT32,
+        weight_sum_bytes=0,
+        weight_bytes=0 if is_frozen else BF16,
+        keeps_tiles=not is_frozen,
+    )
+    return [trl, ours]
+
+
+def modelled(
+    model: str, hidden_size: int, vocab_size: int, shares: Iterable[float], heads: dict[str, bool]
+) -> list[ModelledRow]:
+    """Return a row for each share, head (name -> is it frozen) and scheme."""
+    return [
+        _row(scheme, model, hidden_size, vocab_size, share, head)
+        for share in shares
+        for head, is_frozen in heads.items()
+        for scheme in schemes(is_frozen)
+    ]
+
+
+def _row(
+    scheme: Scheme, model: str, hidden_size: int, vocab_size: int, share: float, head: str
+) -> ModelledRow:
+    scored = round(share * TOKENS)
+    height, width = min(scored, scheme.tile[0]), min(vocab_size, scheme.tile[1])
+    row_tiles, column_tiles = -(-scored // height), -(-vocab_size // width)
+    tiles = row_tiles * column_tiles
+    kept = _kept_tiles(scored, vocab_size) / tiles if scheme.keeps_tiles else 0.0
+    of_logits = (scheme.logits - kept) * BF16 * scored * vocab_size
+    of_weight = vocab_size * hidden_size * (
+        row_tiles * ((scheme.weight_reads - kept) * BF16 + scheme.weight_sum_bytes)
+        + scheme.weight_bytes
+    )  # fmt: skip
+    of_hidden = scored * hidden_size * column_tiles * (
+        (scheme.hidden_reads - kept) * BF16 + scheme.hidden_sum_bytes
+    )  # fmt: skip
+    return ModelledRow(
+        scheme=scheme.name,
+        model=model,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        head=head,
+        scored_share=share,
+        tiles=tiles,
+        products=scheme.products - kept,
+        launches_per_token=(scheme.launches - kept) * tiles / TOKENS,
+        bytes_per_token=(of_logits + of_weight + of_hidden) / TOKENS,
+        tile_bytes_per_token=of_logits / TOKENS,
+        tile_mib=BF16 * height * width / 2**20,
+    )
+
+
+def _kept_tiles(scored: int, vocab_size: int) -> int:
+    """How many tiles of this package the backward pass has no need to make again."""
+    numel = kept_numel(scored, vocab_size, TILE_BYTES_ELSEWHERE, torch.bfloat16)
+    kept = torch.empty(numel, dtype=torch.bfloat16, device="meta")
+    walk = Tiles(scored, vocab_size, TILE_BYTES_ELSEWHERE, kept, torch.bfloat16)
+    return sum(tile.is_kept for tile in walk)

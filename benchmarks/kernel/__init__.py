@@ -1,0 +1,1 @@
+"""Compiled kernels, counted, modelled and timed: `bench_kernels`, `tune_kernels`."""

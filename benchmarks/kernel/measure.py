@@ -1,0 +1,134 @@
+"""The kernel benchmark on a GPU: times instead of counts."""
+
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.common import measure
+from benchmarks.common.report import BACKWARD as BOTH
+from benchmarks.common.report import FORWARD, Figure, Figures, aligned
+from benchmarks.kernel.counts import (
+    ALL,
+    BACKWARD,
+    HALF_SHIFT,
+    Counted,
+    Inputs,
+    complaint,
+    make_inputs,
+)
+from benchmarks.kernel.peers import KernelPeer
+
+DEVICE = torch.device("cuda")
+COPY_NUMEL = 2**28
+ROWS = 8192  # of logits, in sequences of SEQ_LEN; fewer where memory is short
+SEQ_LEN = 1024
+CHECKED_ROWS = 16
+COPY_SHARE = "share of a copy's speed"
+TIMED = (FORWARD, BACKWARD, BOTH)
+
+
+def complaints(peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype) -> list[str]:
+    """Compare each with float64 on a small batch; return what is wrong."""
+    logits, labels = random_batch(2, CHECKED_ROWS // 2, vocab_size, dtype)
+    found = []
+    for peer in peers:
+        for case in (ALL, HALF_SHIFT):
+            inputs = make_inputs(logits, labels, case)
+            leaf = logits.clone().requires_grad_()
+            values = peer.fn(leaf, labels, inputs.mask, case.shift)
+            (grad,) = torch.autograd.grad(values.sum(), leaf)
+            wrong = complaint(peer, inputs, Counted({}, values.detach(), grad, {}))
+            if wrong is not None:
+                found.append(f"{peer.name}, scored: {case}: {wrong}")
+    return found
+
+
+def rows(
+    peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype, quick: bool
+) -> tuple[Figures, float]:
+    """Return a row for each time, and the speed of a copy in GB/s, read and written."""
+    copy = measure.copy_gb_per_s(DEVICE, numel=COPY_NUMEL, min_run_s=0.5)
+    # Logits, their copy, gradient and its slice, and room to spare.
+    most = measure.free_bytes(DEVICE) // (8 * vocab_size * dtype.itemsize)
+    batch = max(1, min(ROWS, most) // SEQ_LEN)
+    logits, labels = random_batch(batch, min(SEQ_LEN, most), vocab_size, dtype)
+    run_s = 0.1 if quick else 0.5
+    result = Figures()
+    with tqdm(total=2 * len(TIMED) * len(peers), unit="time", leave=False) as progress:
+        for case in (ALL, HALF_SHIFT):
+            for peer in peers:
+                inputs = make_inputs(logits, labels, case)
+                for passes in TIMED:
+                    progress.set_description(f"{peer.name}, {passes}, scored: {case}")
+                    if (fn := timed(peer, inputs, passes)) is not None:
+                        samples = measure.times_ms(fn, DEVICE, min_run_s=run_s)
+                        result += time_rows(peer.name, inputs, passes, samples, copy)
+                    progress.update()
+    return result, copy
+
+
+def timed(peer: KernelPeer, inputs: Inputs, passes: str) -> Callable[[], object] | None:
+    """What to time, or None: a gradient that the forward wrote has no backward of its own."""
+    logits, labels, mask, case = inputs
+    if passes == FORWARD:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return peer.fn(logits, labels, mask, case.shift)
+
+        return forward
+    leaf = logits.detach().requires_grad_()
+    if passes == BACKWARD:
+        if peer.overwrites_logits:
+            return None
+        value = peer.fn(leaf, labels, mask, case.shift).sum()
+        return lambda: torch.autograd.grad(value, leaf, retain_graph=True)
+    return lambda: torch.autograd.grad(peer.fn(leaf, labels, mask, case.shift).sum(), leaf)
+
+
+def time_rows(
+    impl: str, inputs: Inputs, passes: str, samples: list[float], copy_gb_per_s: float
+) -> Iterator[Figure]:
+    """Figures of one timing: samples in ms, the least bytes over the median, and its share of a
+    copy's speed."""
+    logits = inputs.logits
+    scored = inputs.num_scored * logits.shape[-1] * logits.element_size()
+    least = {FORWARD: scored, BACKWARD: scored + logits.nbytes}
+    least[BOTH] = sum(least.values())
+    median = statistics.median(samples)
+    ordered = sorted(samples)
+    gb_per_s = least[passes] / median / 1e6
+    for quantity, unit, value in (
+        ("time", "ms", median),
+        ("time, p20", "ms", ordered[len(ordered) // 5]),
+        ("time, p80", "ms", ordered[len(ordered) * 4 // 5]),
+        ("least bytes over time", "GB/s", gb_per_s),
+        (COPY_SHARE, "share", gb_per_s / copy_gb_per_s),
+    ):
+        yield Figure(impl, passes, "gpu", str(inputs.case), quantity, unit, value, "measured")
+
+
+def table(rows: Figures) -> str:
+    lines = [("implementation", "scored", "pass", "ms", "p20 - p80", "GB/s", "of copy")]
+    for row in rows:
+        if row.quantity == "time":
+            key = dict(impl=row.impl, passes=row.passes, case=row.case)
+            low, high = (rows.value(f"time, {p}", **key) for p in ("p20", "p80"))
+            lines.append(
+                (row.impl, row.case, row.passes, f"{row.value:.3f}", f"{low:.3f} - {high:.3f}")
+                + (f"{rows.value('least bytes over time', **key):.0f}",)
+                + (f"{rows.value(COPY_SHARE, **key):.1%}",)
+            )
+    return aligned(lines, 3)
+
+
+def random_batch(
+    batch: int, seq_len: int, vocab_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.empty((batch, seq_len, vocab_size), dtype=dtype, device=DEVICE)
+    for rows in logits:
+        rows.copy_(3 * torch.randn(rows.shape, device=DEVICE))
+    labels = torch.randint(vocab_size, (batch, seq_len), device=DEVICE)
+    return logits, labels

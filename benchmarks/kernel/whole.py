@@ -1,0 +1,229 @@
+"""The whole time of a call on a GPU, modelled: streaming kernels, short ones, PyTorch's operators.
+
+Each launch is recognised by its record. One that was given logits streams: its loop's machine code
+and the bytes that it must move give its time. Any other runs in the emulator at the case's real
+size, which gives its blocks, float64 and the longest chain of dependent instructions. PyTorch's
+operators are a launch each and the bytes of their tensors.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common.report import BACKWARD as BOTH
+from benchmarks.common.report import FORWARD, Figure, Figures, aligned
+from benchmarks.kernel.counts import BACKWARD, Loop, is_streaming
+from benchmarks.kernel.peers import KernelPeer
+from gpu_lab.codegen import inspect_kernel
+from gpu_lab.devices import Device
+from gpu_lab.driver import Launch, emulate
+from gpu_lab.model import DRAM_CYCLES, LAUNCH_SECONDS, launch_seconds, modelled_time, whole
+
+
+class Shape(NamedTuple):
+    name: str
+    batch: int
+    seq_len: int
+    vocab_size: int
+    share: float = 1.0  # of the tokens that are scored, the last of each sequence
+
+    def __str__(self) -> str:
+        scored = "" if self.share == 1 else f", {self.share:.0%} scored"
+        return f"{self.name}: {self.batch} x {self.seq_len}, V = {self.vocab_size}{scored}"
+
+
+SHAPES = (
+    Shape("MiniMind's batch", 8, 1023, 6400),
+    Shape("few long sequences", 2, 8192, 151936),
+    Shape("one long sequence", 1, 16384, 128256),
+    Shape("after a prompt", 8, 1023, 6400, 0.5),
+)
+SMALL = 16  # tokens of a sequence, where only operators are counted
+STREAMING, SHORT, OPERATORS = "streaming kernels", "short kernels", "PyTorch's operators"
+PARTS = (STREAMING, SHORT, OPERATORS)
+WHOLE = "modelled whole time"
+NOTES = f"""\
+modelled: nothing here was measured. us of a call: whole = streaming + short kernels + PyTorch's
+  operators, each launch {1e6 * LAUNCH_SECONDS:.1f} us. short: kernels per token, with their blocks,
+  float64 and chains of dependent instructions; in brackets their share of the streaming time. A card
+  that waits for the host takes the host's time instead: see bench_host. fastest: forward + backward.
+  A peer that is not installed is left out."""
+
+
+class Operators(TorchDispatchMode):
+    """PyTorch's operators that launch a kernel, as bytes of their tensors without logits."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least  # elements of what counts as logits
+        self.num_bytes: list[float] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = [x for x in args if isinstance(x, Tensor)]
+        results = result if isinstance(result, (tuple, list)) else [result]
+        outputs = [x for x in results if isinstance(x, Tensor) and x.numel() > 0]
+        known = {x.untyped_storage().data_ptr() for x in inputs}
+        is_view = not func._schema.is_mutable and any(
+            x.untyped_storage().data_ptr() in known for x in outputs
+        )
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and outputs and not is_view and "empty" not in name:
+            tensors = [x for x in (*inputs, *outputs) if 2 * x.numel() < self.least]
+            self.num_bytes.append(sum(x.nbytes for x in tensors))
+        return result
+
+
+class Recorded(NamedTuple):
+    """What a pass launches, at a shape's real size."""
+
+    streaming: list[Launch]
+    short: list[Launch]
+    operator_bytes: list[float]
+
+
+def record(peer: KernelPeer, shape: Shape, dtype: torch.dtype, target: str) -> dict[str, Recorded]:
+    """Return what each pass of a peer launches.
+
+    Logits are one row seen many times. The forward pass is at the real size; the operators of a
+    backward pass, and its launches, are those of SMALL tokens, each with as many more bytes.
+    """
+    forward = _run(peer, shape, dtype, target, has_backward=False)
+    step = _run(peer, shape._replace(seq_len=SMALL), dtype, target, has_backward=True)
+    scale = shape.seq_len / SMALL
+    backward = Recorded(
+        step.streaming[len(forward.streaming) :],
+        step.short[len(forward.short) :],
+        [scale * num_bytes for num_bytes in step.operator_bytes[len(forward.operator_bytes) :]],
+    )
+    return {FORWARD: forward, BACKWARD: backward}
+
+
+def _run(
+    peer: KernelPeer, shape: Shape, dtype: torch.dtype, target: str, *, has_backward: bool
+) -> Recorded:
+    row = torch.zeros(1, 1, shape.vocab_size, dtype=dtype)
+    logits = row.expand(shape.batch, shape.seq_len, shape.vocab_size)
+    if has_backward:
+        logits = logits.clone().requires_grad_()
+    labels = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
+    mask = torch.zeros_like(labels)
+    mask[:, round(shape.seq_len * (1 - shape.share)) :] = 1
+
+    def runs(launch: Launch) -> bool:
+        """Short kernels; what streams only says which tokens are scored."""
+        if not is_streaming(launch, logits):
+            return True
+        for x in launch.arguments.values():
+            if isinstance(x, Tensor) and x.is_floating_point() and 2 * x.numel() < logits.numel():
+                x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
+        return False
+
+    operators = Operators(logits.numel())
+    with (
+        peer.on_target(target),
+        emulate(target, runs=runs, follows_chains=True) as lab,
+        torch.set_grad_enabled(has_backward),
+        operators,
+    ):
+        value = peer.fn(logits, labels, mask, False)
+        if has_backward:
+            torch.autograd.grad(value.sum(), logits)
+    parts: dict[bool, list[Launch]] = {True: [], False: []}
+    for launch in lab.records:
+        parts[is_streaming(launch, logits)].append(launch)
+    return Recorded(parts[True], parts[False], operators.num_bytes)
+
+
+def seconds(
+    device: Device, shape: Shape, passes: str, recorded: Recorded, loop: Loop, itemsize: int
+) -> dict[str, float]:
+    """Return the time of each of PARTS."""
+    num_tokens = shape.batch * shape.seq_len
+    num_scored = num_tokens * shape.share * shape.vocab_size
+    least = itemsize * num_scored
+    if passes == BACKWARD:
+        least += itemsize * num_tokens * shape.vocab_size
+    streaming = 0.0
+    for _ in recorded.streaming:
+        kernel = modelled_time(
+            device,
+            num_bytes=least,
+            num_logits=num_scored,
+            instructions_per_logit=loop.instructions("shortest"),
+            pipe_cycles_per_32_logits=loop.pipe_cycles(),
+        )
+        streaming += kernel.seconds + LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz
+    short = sum(
+        whole(
+            launch_seconds(
+                device,
+                launch.counts,
+                num_blocks=launch.counts.num_blocks,
+                blocks_per_multiprocessor=inspect_kernel(launch.kernel).blocks,
+                num_bytes=launch.counts.distinct["load"] + launch.counts.distinct["store"],
+            )
+        )
+        for launch in recorded.short
+        if launch.counts is not None
+    )
+    speed = device.bytes_per_s * device.streaming_efficiency
+    operators = sum(
+        LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz + b / speed for b in recorded.operator_bytes
+    )
+    return {STREAMING: streaming, SHORT: short, OPERATORS: operators}
+
+
+def whole_rows(
+    peer: KernelPeer,
+    shape: Shape,
+    dtype: torch.dtype,
+    target: str,
+    loops: Mapping[tuple[str, str], Loop],
+    devices: tuple[Device, ...],
+) -> Figures:
+    """Return the modelled microseconds of each part of a pass on each device."""
+    result = Figures()
+    for passes, recorded in record(peer, shape, dtype, target).items():
+        for device in devices:
+            loop = loops.get((device.target, passes))
+            if loop is None:
+                continue
+            parts = seconds(device, shape, passes, recorded, loop, dtype.itemsize)
+            parts[WHOLE] = sum(parts.values())
+            for name, each in parts.items():
+                place = (peer.name, passes, device.name, str(shape))
+                result.append(Figure(*place, name, "us", 1e6 * each, "modelled"))
+    return result
+
+
+def table(rows: Figures) -> str:
+    """A line a shape, device and implementation: forward by part, and forward + backward."""
+    lines = [
+        ["case", "GPU", "implementation", "forward us", "streaming", "short", "operators"]
+        + [f"{BOTH} us", ""]
+    ]
+    wholes = rows.select(WHOLE)
+    for case in wholes.column("case"):
+        for device in wholes.column("where"):
+            key = dict(case=case, where=device)
+            both = {
+                f.impl: sum(
+                    x.value for x in wholes if (x.impl, x.case, x.where) == (f.impl, case, device)
+                )
+                for f in wholes.select(WHOLE, passes=FORWARD, **key)
+            }
+            for impl, total in both.items():
+                one = dict(key, impl=impl, passes=FORWARD)
+                streaming, short, operators = (rows.value(part, **one) for part in PARTS)
+                lines.append(
+                    [case, device, impl, f"{rows.value(WHOLE, **one):.1f}", f"{streaming:.1f}"]
+                    + [f"{short:.1f} ({short / streaming:.0%})", f"{operators:.1f}"]
+                    + [f"{total:.1f}", "fastest" if total == min(both.values()) else ""]
+                )
+    return aligned(lines, 3)

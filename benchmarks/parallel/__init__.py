@@ -1,0 +1,1 @@
+"""A head over several devices: `bench_parallel`."""

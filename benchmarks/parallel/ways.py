@@ -1,0 +1,212 @@
+"""Three ways to score tokens with a head whose vocabulary is sharded, on real processes, and the
+bytes that they send."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import dpo_triton
+from benchmarks.common import token_logps
+from benchmarks.common.peers import OURS
+from benchmarks.common.token_logps import masked_mean
+from dpo_triton import VocabShard
+
+GATHERED, MEGATRON = "gathered logits", "three all-reduces"
+DESCRIPTIONS = {
+    OURS: "fused_linear_seq_logprob(vocab_shard=...): partials gathered once, tiles of logits",
+    GATHERED: "every rank gathers all logits, then log_softmax in float32",
+    MEGATRON: "maximum, target and sum of exponentials of float32 logits reduced one by one, as "
+    "Megatron-LM does (Shoeybi et al. 2019, arXiv:1909.08053)",
+}
+
+
+class Sent:
+    """Bytes that this rank hands to each kind of collective, in its context.
+
+    Of all_gather and all_to_all for each other rank, of all_reduce what is reduced.
+    """
+
+    def __enter__(self) -> "Sent":
+        self.all_gather = self.all_to_all = self.all_reduce = self.calls = 0
+        self._originals = (dist.all_gather, dist.all_to_all_single, dist.all_reduce)
+
+        def all_gather(received: Any, mine: Tensor, **options: Any) -> Any:
+            self.all_gather += mine.nbytes
+            self.calls += 1
+            return self._originals[0](received, mine, **options)
+
+        def all_to_all_single(received: Tensor, mine: Tensor, **options: Any) -> Any:
+            self.all_to_all += max(options["input_split_sizes"]) * mine.element_size()
+            self.calls += 1
+            return self._originals[1](received, mine, **options)
+
+        def all_reduce(numbers: Tensor, *args: Any, **options: Any) -> Any:
+            self.all_reduce += numbers.nbytes
+            self.calls += 1
+            return self._originals[2](numbers, *args, **options)
+
+        dist.all_gather = all_gather
+        dist.all_to_all_single = all_to_all_single
+        dist.all_reduce = all_reduce
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        dist.all_gather, dist.all_to_all_single, dist.all_reduce = self._originals
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.all_gather, self.all_to_all, self.all_reduce
+
+    def leaving(self) -> float:
+        """Bytes that leave this rank, of an all-reduce in a ring."""
+        size = dist.get_world_size()
+        to_all = (size - 1) * (self.all_gather + self.all_to_all)
+        return to_all + 2 * (size - 1) / size * self.all_reduce
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    batch: int
+    seq_len: int
+    hidden_size: int
+    vocab_size: int
+    scored_share: float
+    seed: int
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """bfloat16 hidden (B, T, H) and weight (V, H), labels and mask (B, T)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape, spread = (self.batch, self.seq_len), 3 / self.hidden_size**0.5
+        hidden = torch.randn(*shape, self.hidden_size, generator=generator).bfloat16()
+        weight = torch.randn(self.vocab_size, self.hidden_size, generator=generator) * spread
+        labels = torch.randint(self.vocab_size, shape, generator=generator)
+        mask = torch.rand(shape, generator=generator) < self.scored_share
+        return hidden, weight.bfloat16(), labels, mask
+
+
+def measure(batch: Batch, ways: list[str]) -> dict[str, dict[str, Any]]:
+    """On a rank: errors against float64, and bytes, of a forward and a backward pass of each."""
+    hidden, weight, labels, mask = batch.draw()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    width = -(-batch.vocab_size // size)
+    shard = VocabShard(rank * width, min((rank + 1) * width, batch.vocab_size))
+    rows = slice(shard.start, shard.stop)
+    logits = F.linear(hidden.double(), weight.double())
+    exact = dpo_triton.reference.seq_logprob(logits, labels, mask)
+    results = {}
+    for name in ways:
+        leaf = hidden.clone().requires_grad_()
+        own = weight[rows].clone().requires_grad_()
+        with Sent() as forward:
+            values = WAYS[name](leaf, own, labels, mask, shard)
+        with Sent() as backward:
+            values.sum().backward()
+        results[name] = dict(
+            values=values.detach(),
+            error=float((values.detach() - exact).abs().max()),
+            forward=forward.leaving(),
+            backward=backward.leaving(),
+            calls=forward.calls + backward.calls,
+            num_scored=int(mask.sum()),
+        )
+    return results
+
+
+class _ToAllRanks(torch.autograd.Function):
+    """Hidden states that every rank has; their gradient is what all ranks say of them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        dist.all_reduce(grad)
+        return grad
+
+
+class _Gathered(torch.autograd.Function):
+    """Logits (M, W) of a rank to (M, V) of all: shards narrower than the first are filled up."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, shard: VocabShard, vocab_size: int) -> Tensor:
+        ctx.columns = slice(shard.start, shard.stop)
+        width = -(-vocab_size // dist.get_world_size())
+        mine = F.pad(own, (0, width - own.shape[1])).contiguous()
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+        return torch.cat(every, 1)[:, :vocab_size]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[:, ctx.columns].contiguous(), None, None
+
+
+class _ThreeReductions(torch.autograd.Function):
+    """Log-probabilities (M,) from own logits (M, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+        x = own.float()
+        largest = x.amax(1)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        x -= largest[:, None]
+        y = labels - shard.start
+        is_here = (y >= 0) & (y < own.shape[1])
+        y = torch.where(is_here, y, 0)
+        target = torch.where(is_here, x.gather(1, y[:, None])[:, 0], 0.0)
+        dist.all_reduce(target)
+        x.exp_()
+        total = x.sum(1)
+        dist.all_reduce(total)
+        x /= total[:, None]
+        ctx.save_for_backward(x, y, is_here)
+        ctx.dtype = own.dtype
+        return target - total.log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        p, y, is_here = ctx.saved_tensors
+        d = -p * grad[:, None]
+        d[torch.arange(len(y)), y] += grad * is_here
+        return d.to(ctx.dtype), None, None
+
+
+def _ours(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
+) -> Tensor:
+    return dpo_triton.fused_linear_seq_logprob(hidden, weight, labels, mask, vocab_shard=shard)
+
+
+def _gathered(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
+) -> Tensor:
+    own = F.linear(_ToAllRanks.apply(hidden)[mask], weight)
+    logits = _Gathered.apply(own, shard, _vocab_size(shard))
+    logps = token_logps.log_softmax(logits, labels[mask])
+    return masked_mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
+
+
+def _three_reductions(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
+) -> Tensor:
+    own = F.linear(_ToAllRanks.apply(hidden)[mask], weight)
+    logps = _ThreeReductions.apply(own, labels[mask], shard)
+    return masked_mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
+
+
+def _vocab_size(shard: VocabShard) -> int:
+    stops: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(stops, shard.stop)
+    return max(stops)
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {
+    OURS: _ours,
+    GATHERED: _gathered,
+    MEGATRON: _three_reductions,
+}

@@ -1,0 +1,1 @@
+"""Log-probabilities from logits over vocabulary sizes: `bench_vocab`."""

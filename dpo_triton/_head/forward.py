@@ -1,0 +1,79 @@
+"""The forward pass: a tile of logits after the other through `partials`; see the package."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._backends import backend_named, checks_values
+from .._checks import check_cu_seqlens_values, check_scored_labels
+from .._records import Columns, Combined, Partials, Scaling, Tokens, sum_dtype
+from .._weights import token_weights
+from ._tiles import Plan, Tiles, Weights, columns_of, fill_, place_of, scored_rows
+from .hidden_grad import HiddenGrad
+
+
+class Forward(NamedTuple):
+    combined: Combined
+    weights: Tensor  # (B, T)
+    kept: Tensor  # logits that the backward pass need not make again, flat
+    unit_grad: Tensor  # d logp / d hidden, (N, H), of these columns; empty unless it is made here
+
+
+def head_forward(
+    head: Weights,
+    tokens: Tokens,
+    columns: Columns,
+    scaling: Scaling,
+    reduction: str,
+    stats: tuple[str, ...],
+    plan: Plan,
+    gather: Callable[[Partials], Partials] | None = None,
+) -> Forward:
+    """Some columns' forward pass: `gather` makes of the partials of the scored tokens, with sums
+    (C, K, M) and targets (M,), those of the whole vocabulary."""
+    stages = backend_named(plan.backend)
+    if tokens.cu_seqlens is not None and checks_values(stages):
+        check_cu_seqlens_values(tokens.cu_seqlens, tokens.labels.numel())
+    weights = token_weights(tokens, sum_dtype(plan.dtype))
+    if checks_values(stages):
+        is_packed = tokens.cu_seqlens is not None
+        check_scored_labels(tokens.labels, weights, columns.vocab_size, is_packed)
+    rows = scored_rows(head.hidden, tokens.labels, weights, tokens.shift, plan)
+    num_tokens = tokens.labels.numel()
+    kept = head.hidden.new_empty(plan.kept_numel(num_tokens, columns.width), dtype=plan.dtype)
+    channels, splits = 2 + len(stats), plan.num_splits(columns.width)
+    partials = Partials(
+        weights.new_empty((channels, splits, rows.number)),
+        torch.full_like(rows.weights[0], -torch.inf),
+        rows.weights,
+    )
+    sums = HiddenGrad(rows, scaling, stages) if plan.makes_grad else None
+    tiles = Tiles(rows.number, columns.width, plan, kept)
+    of_block = {rows_of.start: rows.as_tokens(rows_of) for rows_of in tiles.blocks}
+    for tile in tiles:
+        fill_(tile, rows.hidden, head)
+        here, of_tile = columns_of(tile, columns), of_block[tile.rows.start]
+        stages.partials(tile.logits, of_tile, here, scaling, stats, place_of(tile, partials))
+        if sums is not None:
+            sums.add(tile, here, partials.sums, head.weight)
+    if gather is not None:
+        partials = gather(partials)
+    every = Partials(
+        weights.new_empty((*partials.sums.shape[:2], num_tokens)),
+        weights.new_empty(num_tokens),
+        weights,
+    )
+    every.sums.index_copy_(2, rows.tokens, partials.sums)
+    every.target.index_copy_(0, rows.tokens, partials.target)
+    combined = Combined.empty(weights, tokens.num_sequences(reduction), len(stats))
+    vocab_size = columns.vocab_size
+    stages.combine(every, tokens.cu_seqlens, reduction, vocab_size, scaling, stats, combined)
+    unit_grad = weights.new_empty(0)
+    if sums is not None:
+        unit_grad = weights.new_zeros(num_tokens, head.hidden.shape[-1])
+        softmax = combined.softmax.index_select(1, rows.tokens)
+        of_rows = sums.finish(softmax, partials.target, columns, head.weight)
+        unit_grad.index_copy_(0, rows.places, of_rows)
+    return Forward(combined, weights, kept, unit_grad)

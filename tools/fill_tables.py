@@ -1,0 +1,173 @@
+"""Fill the tables of README.md and docs/ from committed results: `make tables`.
+
+A page says where a table stands, what it shows and from which file:
+
+    <!-- vocab benchmarks/results/amd-epyc-2-threads-24-gib.csv -->
+    (the table)
+    <!-- end -->
+
+tests/test_tables.py holds the pages against the files.
+"""
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MARKED = re.compile(r"(<!-- ([\w-]+) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, str]
+
+
+def filled(text: str, root: Path = ROOT) -> str:
+    """The page with each of its tables as the file beside its name has it."""
+
+    def fill(match: re.Match[str]) -> str:
+        with (root / match[3]).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return f"{match[1]}{TABLES[match[2]](rows)}\n{match[4]}"
+
+    return MARKED.sub(fill, text)
+
+
+def vocab(rows: list[Row]) -> str:
+    """Logits to values and back: every vocabulary size, all rows scored, and the worst ratios."""
+    return _vocab(rows, "1")
+
+
+def vocab_half(rows: list[Row]) -> str:
+    return _vocab(rows, "0.5")
+
+
+def _vocab(rows: list[Row], share: str) -> str:
+    of = {
+        (row["impl"], row["dtype"], int(row["vocab_size"]), row["passes"]): row
+        for row in rows
+        if row["scored_share"] == share
+    }
+    sizes = sorted({size for _, _, size, _ in of})
+    dtypes = sorted({dtype for _, dtype, _, _ in of})
+    worst: dict[str, tuple[float, str]] = {}
+
+    def speed(peer: str, dtype: str, size: int, passes: str) -> str:
+        ours = float(of["dpo_triton", dtype, size, passes]["ms"])
+        ratio = float(of[peer, dtype, size, passes]["ms"]) / ours
+        where = f"{ratio:.2f}x ({dtype}, V = {size}, {passes.replace('+', ' + ')})"
+        worst[peer] = min(worst.get(peer, (ratio, where)), (ratio, where))
+        return f"{ratio:.2f}x"
+
+    speeds = [f"over {peer}" for peer in VOCAB_PEERS]
+    memory = [f"peak MiB, {impl}" for impl in VOCAB_MEMORY]
+    lines = _heading(
+        *("V", "logits", "forward, ms", *speeds, "forward + backward, ms", *speeds, *memory),
+        "largest error, nats",
+    )
+    for size in sizes:
+        for dtype in dtypes:
+            cells = [str(size), dtype]
+            for passes in ("forward", "forward+backward"):
+                cells.append(_ms(of["dpo_triton", dtype, size, passes]["ms"]))
+                cells += [speed(peer, dtype, size, passes) for peer in VOCAB_PEERS]
+            both = [of[impl, dtype, size, "forward+backward"] for impl in VOCAB_MEMORY]
+            cells += [f"{float(row['peak_mib']):.0f}" for row in both]
+            error = max(
+                float(of["dpo_triton", dtype, size, passes]["value_error"])
+                for passes in ("forward", "forward+backward")
+            )
+            lines.append(_line(*cells, f"{error:.1e}"))
+    scored = "All rows scored" if share == "1" else "Half of the rows scored"
+    slowest = ", and ".join(f"{worst[peer][1]} over {peer}" for peer in VOCAB_PEERS)
+    worst_case = f"The worst ratios are {slowest}. Below 1x this package is slower."
+    return "\n".join([*lines, "", f"{scored}; {_setting(rows[0])}. {worst_case}"])
+
+
+VOCAB_PEERS = ("log_softmax", "torch.compile")
+VOCAB_MEMORY = ("dpo_triton", "log_softmax")
+
+
+def head(rows: list[Row]) -> str:
+    """Hidden states to values and back, float32: seconds, memory and errors beside the peers'."""
+    of = {
+        (row["model"], row["impl"], row["scored_share"], row["head"]): row
+        for row in rows
+        if row["dtype"] == "float32" and row["passes"] == "forward+backward"
+    }
+    columns = (("0.45", "trained"), ("0.45", "frozen"), ("1", "trained"))
+    lines = _heading(
+        *("model", "way", "45 % scored, s", "frozen head, s", "100 % scored, s"),
+        *("peak MiB, 45 %", "largest error, nats"),
+    )
+    for model, impl in dict.fromkeys((row["model"], row["impl"]) for row in rows):
+        found = [of.get((model, impl, *column)) for column in columns]
+        if found[0] is None:
+            continue
+        seconds = [f"{float(row['ms']) / 1e3:.2f}" if row else "" for row in found]
+        error = max(float(row["value_error"]) for row in found if row)
+        memory = f"{float(found[0]['peak_mib']):.0f}"
+        lines.append(_line(model, impl, *seconds, memory, f"{error:.1e}"))
+    return "\n".join([*lines, "", f"float32; {_setting(rows[0])}."])
+
+
+def dpo_step(rows: list[Row]) -> str:
+    lines = _heading("way", "s", "head and log-probabilities, s", "share", "peak MiB")
+    for row in rows:
+        seconds, share = float(row["ms"]) / 1e3, float(row["head_share"])
+        cells = f"{seconds:.1f}", f"{seconds * share:.1f}", f"{share:.0%}".replace("%", " %")
+        lines.append(_line(row["impl"], *cells, f"{float(row['peak_mib']):.0f}"))
+    first = rows[0]
+    what = f"{first['pairs']} pairs of {first['seq_len']} tokens, {first['scored']} of "
+    what += f"{first['tokens']} tokens scored"
+    return "\n".join([*lines, "", f"{what}; {_setting(first)}."])
+
+
+def trl_step(rows: list[Row]) -> str:
+    lines = _heading("layers", "head", "s per step", "peak MiB", "speed")
+    for row in rows:
+        cells = f"{float(row['seconds']):.2f}", f"{float(row['peak_mib']):.0f}"
+        lines.append(_line(row["layers"], row["head"], *cells, f"{float(row['speedup']):.2f}x"))
+    first = rows[0]
+    what = f"{first['num_tokens']} tokens, {first['num_scored']} of them scored"
+    return "\n".join([*lines, "", f"{what}; {_setting(first)}, TRL {first['trl']}."])
+
+
+def versions(rows: list[Row]) -> str:
+    """Which combinations ran, when, and what came of it."""
+    lines = _heading(*rows[0])
+    return "\n".join([*lines, *(_line(*row.values()) for row in rows)])
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "vocab": vocab,
+    "vocab-half": vocab_half,
+    "head": head,
+    "dpo-step": dpo_step,
+    "trl-step": trl_step,
+    "versions": versions,
+}
+
+
+def _heading(*cells: str) -> list[str]:
+    return [_line(*cells), _line(*["---"] * len(cells))]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _ms(milliseconds: str) -> str:
+    return f"{float(milliseconds):.1f}"
+
+
+def _setting(row: Row) -> str:
+    return f"`{row['command']}` on {row['machine']}, torch {row['torch']}"
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(before)
+        if after != before:
+            page.write_text(after)
+            print(page.relative_to(ROOT))
