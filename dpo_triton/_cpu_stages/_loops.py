@@ -419,22 +419,22 @@ def combine_token(
     # flat row. A peak whose product with the scale keeps too few digits for that is scaled by a
     # power of 2 instead: who is not equal to it has a share below 2 ** -64 then, by either scale.
     used, reference = scale, row_peak * scale
-    if limit <= abs(reference) < np.inf:
+    if limit <= abs(reference) and abs(row_peak) < np.inf:
         used = 2.0 ** (np.log2(limit) - np.floor(np.log2(abs(row_peak))))
         reference = row_peak * used
-    log2_total = reference + np.log2(total)
+    log2_total = np.log2(total)
     softmax[0][n] = (1.0 if log_odds > 0.0 else e) / (1.0 + e)
     if total == 0.0:  # nobody but the target is asked about, or all are banned
         softmax[1][n], softmax[2][n] = 0.0, 0.0
     else:
-        softmax[1][n] = log2_total if np.log2(total) >= 1.0 else reference
-        softmax[2][n] = np.exp2(softmax[1][n] - log2_total)
+        softmax[1][n] = reference + log2_total if log2_total >= 1.0 else reference
+        softmax[2][n] = np.exp2(softmax[1][n] - reference - log2_total)
     softmax[3][n] = used
 
     if stats & ENTROPY:  # log total - sum of p * (z - peak)
         products = (products + offset * others) * shrink if others != 0.0 else 0.0
         products += e_y * target_offset if e_y != 0.0 else 0.0
-        token_stats[n] = (np.log2(total) - products / total) * LN2
+        token_stats[n] = (log2_total - products / total) * LN2
         n += num_tokens
     if stats & MEAN_LOGIT:
         token_stats[n] = logit_sum * scale * LN2
@@ -444,7 +444,7 @@ def combine_token(
         n += num_tokens
     if stats & LOG_SUM_SQ_PROBS:
         squares = squares * shrink * shrink + e_y * e_y
-        token_stats[n] = (np.log2(squares) - 2.0 * np.log2(total)) * LN2
+        token_stats[n] = (np.log2(squares) - 2.0 * log2_total) * LN2
     return -(max(log_odds, 0.0) + np.log1p(e))
 
 

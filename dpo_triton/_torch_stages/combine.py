@@ -36,10 +36,11 @@ def combine(
         token_logps, complement[here], exponent_scales[here], *rest = combined
         peak_exponent, log2_total, *extras = rest
         # Relative to the peak, where exponents are exact, or to the total of a flat row.
-        reference[here] = peak_exponent.where(log2_total - peak_exponent < 1, log2_total)
+        reference[here] = peak_exponent.where(log2_total < 1, peak_exponent + log2_total)
         is_nobody = log2_total == -math.inf  # nobody but the target is asked about, or all banned
         reference[here] = reference[here].masked_fill(is_nobody, 0.0)
-        share[here] = (reference[here] - log2_total).exp2().masked_fill(is_nobody, 0.0)
+        from_total = reference[here] - peak_exponent - log2_total
+        share[here] = from_total.exp2().masked_fill(is_nobody, 0.0)
         out.logps.view(-1)[here] = token_logps.where(scored, 0.0)
         weighted_logps[here] = (token_logps * flat_weights[here]).where(scored, 0.0)
         for stat, extra in zip(out.stats.flatten(1), extras, strict=True):
@@ -61,7 +62,7 @@ def combine(
 def _combine_tokens(
     partials: Tensor, target: Tensor, scale: float, limit: float, stats: Sequence[str]
 ) -> list[Tensor]:
-    """logp, 1 - exp(logp), log2 of the peak's exp(z) and of their total, stats of tokens, (N,)
+    """logp, 1 - exp(logp), scale and log2 of the peak, log2 of the total over it, stats of tokens, (N,)
     float64 each; anything where not scored."""
     peaks, totals, *sums = partials.double()  # (K, N) each
     target = target.double()
@@ -87,7 +88,7 @@ def _combine_tokens(
     is_large = ((row_peak * scale).abs() >= limit) & row_peak.isfinite()
     own_scale = torch.ldexp(torch.ones_like(total), -exponent).masked_fill(~is_large, scale)
     top = row_peak * own_scale
-    combined = [logp, -logp.expm1(), own_scale, top, top + total.log2()]
+    combined = [logp, -logp.expm1(), own_scale, top, total.log2()]
     for name, channel in zip(stats, sums, strict=True):
         if name == "entropy":  # log total - sum of p * (z - peak)
             products = ((channel + offsets * totals) * shrink).sum(0) + offset * others
