@@ -223,7 +223,7 @@ def _partials_kernel(
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
         TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
-        limit = tl.minimum(LARGEST_EXPONENT / exponent_scale, -LOWEST)  # of peaks
+        limit = tl.minimum(1.0 / exponent_scale * LARGEST_EXPONENT, -LOWEST)  # of peaks
         peak = tl.zeros([THREADS], tl.float32) - limit
         total = tl.zeros([THREADS], tl.float32)
         weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
