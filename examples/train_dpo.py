@@ -13,7 +13,6 @@ in model/ what was trained: a LoRA adapter, or with --full all. Either is a --mo
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -39,6 +38,7 @@ from preference_training import (
 )
 from preparation import Setup, prepare
 
+from dpo_triton.data import file_hash
 from dpo_triton.losses import LOSSES
 from dpo_triton.precompute import RefLogps
 
@@ -159,24 +159,17 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """What decides the losses, as text; a path counts by its name, a file by what is in it too."""
-    named = {}
-    for name in SETTINGS:
-        value = getattr(args, name)
-        paths = value if isinstance(value, list) else [value]
-        shown = [name_and_content(v) if isinstance(v, Path) else v for v in paths]
-        named[name] = str(shown if isinstance(value, list) else shown[0])
-    return named
+    """What decides the losses, as text. A file counts by its name and content; a model's folder by
+    its name, since ref_logps.safetensors knows its weights."""
 
+    def shown(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shown(v) for v in value]
+        if isinstance(value, Path):
+            return f"{value.name} ({file_hash(value)})" if value.is_file() else value.name
+        return value
 
-def name_and_content(path: Path) -> str:
-    if not path.is_file():
-        return path.name
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return f"{path.name} with SHA-256 {digest.hexdigest()[:12]}"
+    return {name: str(shown(getattr(args, name))) for name in SETTINGS}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
