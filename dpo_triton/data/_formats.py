@@ -24,8 +24,10 @@ ROLES = {  # ShareGPT's names
     "observation": "tool",
 }
 # What a model would be shown beside the messages, and would be missing here.
-BESIDE = ("image", "images", "video", "videos", "audio", "audios", "documents")
-BESIDE += ("chat_template_kwargs",)
+BESIDE = (
+    *("image", "images", "video", "videos", "audio", "audios"),
+    *("documents", "chat_template_kwargs"),
+)
 ANSWERING = ("assistant", "user", "tool")  # roles within an answer; the first is scored
 CURE = (
     'a row is {"prompt": ..., "chosen": ..., "rejected": ...}: three strings, or three lists of '
