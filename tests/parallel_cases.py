@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from head_batches import TILE_V
+from processes import with_narrow_tiles
 from torch import Tensor
 
 import dpo_triton
 from benchmarks.common.measure import map_buffers, peak_mib
 from benchmarks.parallel.ways import Sent
-from dpo_triton import VocabShard, _backends
+from dpo_triton import VocabShard
 from dpo_triton._head import backward, forward
 
 
@@ -30,9 +30,8 @@ class Case(NamedTuple):
 
 def run(cases: dict[str, Case], seed: int) -> dict[str, Any]:
     """The cases' results on this rank. One that raises does not take the others with it."""
-    if importlib.util.find_spec("triton"):  # tiles as narrow as in the tests' own process
-        narrow = _backends._triton_backend()._replace(tile_width=TILE_V)
-        _backends._triton_backend = lambda: narrow
+    if importlib.util.find_spec("triton"):  # as in the tests' own process
+        with_narrow_tiles()
     results = {}
     for name, (function, options) in cases.items():
         torch.manual_seed(seed)

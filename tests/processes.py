@@ -45,7 +45,6 @@ def _run(
     gpu = rank % max(1, torch.cuda.device_count())
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)
-        with_narrow_tiles()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(gpu))
     dist.init_process_group(
         "gloo",

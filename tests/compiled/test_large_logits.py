@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from batches import assert_close, fused
+
 from gpu_lab.driver import emulate
 
 LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)}
