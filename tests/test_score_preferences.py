@@ -28,8 +28,11 @@ class FakeTokenizer:
 
     eos_token, eos_token_id = "\x02", 2
     chat_template = "yes"
-    special_tokens_map = None
     is_prefix_stable = True
+
+    @property
+    def special_tokens_map(self):
+        return {"eos_token": self.eos_token}
 
     def get_vocab(self):
         return {}
