@@ -10,23 +10,37 @@ import torch
 
 from ._records import Backend
 
-BackendName = Literal["auto", "triton", "torch"]
-BACKEND_NAMES = ("auto", "triton", "torch")
+BackendName = Literal["auto", "triton", "cpu", "torch"]
+BACKEND_NAMES = ("auto", "triton", "cpu", "torch")
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return the backend for tensors on `device`; "auto" is Triton on a GPU and PyTorch elsewhere.
+    """Return the backend for tensors on `device`; "auto" is Triton on a GPU, compiled loops on a
+    CPU where numba is installed, and PyTorch elsewhere.
 
     Raises:
-        ModuleNotFoundError: Triton is asked for, or is what "auto" means here, and is not
-        installed.
-        RuntimeError: Triton is asked for and nothing can run its kernels on tensors of `device`.
+        ModuleNotFoundError: what the backend that is asked for, or that "auto" means here, needs
+        is not installed.
+        RuntimeError: a backend is asked for that cannot run on tensors of `device`.
         TypeError: Triton and float64.
     """
     if name == "auto":
-        name = "triton" if device.type == "cuda" else "torch"
+        of_cpu = "cpu" if _is_installed("numba") else "torch"
+        name = {"cuda": "triton", "cpu": of_cpu}.get(device.type, "torch")
     if name == "torch":
         return _torch_backend()
+    if name == "cpu":
+        if not _is_installed("numba"):
+            raise ModuleNotFoundError(
+                'backend="cpu" needs numba, which is not installed; install it with '
+                '`pip install numba`, or pass backend="torch"'
+            )
+        if device.type != "cpu":
+            raise RuntimeError(
+                f'backend="cpu" got tensors on {device}; move them to the CPU, or pass '
+                'backend="auto"'
+            )
+        return _cpu_backend()
     if dtype == torch.float64:
         raise TypeError(
             "logits are float64, and the Triton backend computes in float32; pass float32, "
@@ -49,7 +63,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
 
 def backend_named(name: str) -> Backend:
     """The backend of a name that `resolve_backend` found."""
-    return _triton_backend() if name == "triton" else _torch_backend()
+    return {"triton": _triton_backend, "cpu": _cpu_backend, "torch": _torch_backend}[name]()
 
 
 def checks_values(backend: Backend) -> bool:
@@ -62,6 +76,13 @@ def _torch_backend() -> Backend:
     from . import _torch_stages
 
     return _backend("torch", _torch_stages, tile_width=4096, on_host=True)
+
+
+@functools.cache
+def _cpu_backend() -> Backend:
+    from . import _cpu_stages
+
+    return _backend("cpu", _cpu_stages, tile_width=4096, on_host=True)
 
 
 @functools.cache
@@ -81,6 +102,11 @@ def _triton_backend() -> Backend:
 def _backend(name: str, stages: ModuleType, tile_width: int, on_host: bool) -> Backend:
     functions = (stages.partials, stages.combine, stages.grad, stages.num_splits)
     return Backend(name, *functions, tile_width, on_host)
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _triton_serves(device_type: str, interpret: str) -> bool:

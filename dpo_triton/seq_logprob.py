@@ -119,8 +119,8 @@ def fused_seq_logprob(
             `shift`. The gradient is that of the whole sequence's value, where every rank goes
             on to compute the same loss of it; a trainer that then averages gradients over these
             ranks divides by their number once too often. 24 bytes a sequence and rank are sent.
-        backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch elsewhere. A named one runs
-            or raises.
+        backend: "triton", "cpu" (compiled by numba), "torch", or "auto": Triton on a GPU, "cpu" on
+            a CPU where numba is installed, PyTorch elsewhere. A named one runs or raises.
 
     Returns:
         (B,) or (S,) float32, float64 for float64 logits; 0, with a gradient of 0, for a sequence

@@ -47,7 +47,7 @@ def add_common(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--max-length", type=count, metavar="N", help=f"tokens of prompt and answer ({MAX_LENGTH})")
     add("--batch-size", type=count, default=4, metavar="N", help="pairs in a batch (4)")
     add("--device", type=device, help="default: cuda where there is one, else cpu")
-    add("--backend", choices=("auto", "triton", "torch"), default="auto")
+    add("--backend", choices=("auto", "triton", "cpu", "torch"), default="auto")
     return add
 
 

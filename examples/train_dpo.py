@@ -38,6 +38,7 @@ from preference_training import (
 )
 from preparation import Setup, prepare
 
+from dpo_triton.data import file_hash
 from dpo_triton.losses import LOSSES
 from dpo_triton.precompute import RefLogps
 
@@ -158,15 +159,17 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """What decides the losses, as text; a path counts by its name: what is in the file is checked
-    by its hash in ref_logps.safetensors."""
-    named = {}
-    for name in SETTINGS:
-        value = getattr(args, name)
-        paths = value if isinstance(value, list) else [value]
-        shown = [v.name if isinstance(v, Path) else v for v in paths]
-        named[name] = str(shown if isinstance(value, list) else shown[0])
-    return named
+    """What decides the losses, as text. A file counts by its name and content; a model's folder by
+    its name, since ref_logps.safetensors knows its weights."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shown(v) for v in value]
+        if isinstance(value, Path):
+            return f"{value.name} ({file_hash(value)})" if value.is_file() else value.name
+        return value
+
+    return {name: str(shown(getattr(args, name))) for name in SETTINGS}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -33,7 +33,7 @@ from ._float32 import (
 from ._tiles import LARGEST_EXPONENT, LOWEST, MEAN_UNIT, on_device, warp_size
 
 BLOCK_T = 64  # tokens of a program, one a thread
-BLOCK_K = 8  # splits that a program loads at a time
+BLOCK_K = 4  # splits that a program loads at a time
 # Sums of a sequence that are kept apart, one a thread, and the tokens that each takes at a time.
 # Constants, like the width of a split: they fix the order of the sums.
 LANES = 128
@@ -184,7 +184,7 @@ def _combine_kernel(
             tl.store(stat_ptr, tl.where(scored, entropy, 0.0), mask=inside)
             stat_ptr += num_tokens
         if MEAN_LOGIT:
-            mean_logit = mean_logit * (1.0 / MEAN_UNIT / vocab_size) * (scale * LN2)
+            mean_logit = mean_logit / vocab_size / MEAN_UNIT * (scale * LN2)
             tl.store(stat_ptr, tl.where(scored, mean_logit, 0.0), mask=inside)
             stat_ptr += num_tokens
         if TOP1:

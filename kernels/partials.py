@@ -197,8 +197,8 @@ def _partials_kernel(
         weight = tl.load(mask_ptr + n).to(tl.float32)
     weight = tl.where(y == ignore_index, 0.0, weight)
     if cu_seqlens_ptr is not None:  # what comes after the last sequence is padding
-        end = tl.load(cu_seqlens_ptr + num_sequences)
-        weight = tl.where(n < end, weight, 0.0)
+        packed_end = tl.load(cu_seqlens_ptr + num_sequences)
+        weight = tl.where(n < packed_end, weight, 0.0)
     if SHIFT:  # nothing predicts the first token of a sequence
         if cu_seqlens_ptr is not None:
             is_first = (n == 0) | starts_a_sequence(cu_seqlens_ptr, num_sequences, n)

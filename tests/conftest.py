@@ -1,5 +1,6 @@
 """Backends and devices of the suite. Without a GPU the kernels run in Triton's interpreter."""
 
+import importlib.util
 import os
 from dataclasses import replace
 from types import ModuleType
@@ -63,8 +64,16 @@ if HAS_TRITON and IS_INTERPRETED:
     interpreter._convert_float = convert_like_a_gpu
     interpreter.InterpreterBuilder.create_fma = fma_like_a_gpu
 
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 BACKENDS = [
     "torch",
+    pytest.param(
+        "cpu",
+        marks=[
+            pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed"),
+            pytest.mark.skipif(torch.cuda.is_available(), reason="the tests' tensors are on a GPU"),
+        ],
+    ),
     pytest.param(
         "triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
     ),

@@ -104,7 +104,11 @@ CASES = {
     "stats": (dict(stats=["margin"]), ValueError, "stats must be out of lengths.*got 'margin'"),
     "stats string": (dict(stats="entropy"), TypeError, r"sequence of names.*\(\"entropy\",\)"),
     "ignore_index": (dict(ignore_index=None), TypeError, "ignore_index must be an int"),
-    "backend": (dict(backend="cuda"), ValueError, '"auto", "triton" or "torch", got \'cuda\''),
+    "backend": (
+        dict(backend="cuda"),
+        ValueError,
+        '"auto", "triton", "cpu" or "torch", got \'cuda\'',
+    ),
     "float64 on Triton": (
         dict(logits=LOGITS.double(), backend="triton"),
         TypeError,
@@ -194,5 +198,7 @@ def test_import_is_light():
     )
     new = done.stdout.split()
     assert "dpo_triton" in new
-    assert not [m for m in new if m.split(".")[0] in ("triton", "transformers", "matplotlib")]
+    assert not [
+        m for m in new if m.split(".")[0] in ("triton", "numba", "transformers", "matplotlib")
+    ]
     assert "dpo_triton.kernels" not in new

@@ -1,5 +1,6 @@
 """`python -m dpo_triton.info`: what it prints, and both exit statuses."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -60,7 +61,11 @@ def test_the_command_reports_and_succeeds():
         assert f"\n{package} " in done.stdout
     assert "\nTRITON_INTERPRET=0\n" in done.stdout
     assert "\ncpu: " in done.stdout
-    assert '  backend="auto" is torch, since this is no GPU' in done.stdout
+    of_cpu = "torch, since this is no GPU"
+    if importlib.util.find_spec("numba") is not None:
+        of_cpu = "cpu, since numba is installed"
+        assert "  cpu: self-check passed, 8 cases" in done.stdout
+    assert f'  backend="auto" is {of_cpu}' in done.stdout
     assert "  torch: self-check passed, 8 cases" in done.stdout
     assert "nats; head passed, 2 cases\n" in done.stdout
     assert "  torch: torch.compile passed\n" in done.stdout

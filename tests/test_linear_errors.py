@@ -110,7 +110,11 @@ CASES = {
         'reduction must be "mean" or "sum", got \'none\'; .*fused_linear_token_logprob',
     ),
     "stats": (dict(stats=["margin"]), ValueError, "stats must be out of lengths.*got 'margin'"),
-    "backend": (dict(backend="cuda"), ValueError, '"auto", "triton" or "torch", got \'cuda\''),
+    "backend": (
+        dict(backend="cuda"),
+        ValueError,
+        '"auto", "triton", "cpu" or "torch", got \'cuda\'',
+    ),
     "float64 on Triton": (
         dict(hidden=HIDDEN.double(), weight=WEIGHT.double(), backend="triton"),
         TypeError,

@@ -117,7 +117,7 @@ def test_a_run_resumes_with_its_own_settings_and_data_alone(tiny, data, tmp_path
     changed = write(tmp_path / "changed" / data.name, [*ROWS[:-1], ROWS[0]])
     other = command(tiny, changed, tmp_path / "out", "--resume")
     assert train_dpo.main(other) == 2
-    assert "is not the one that" in capsys.readouterr().err
+    assert "--data must be ['pairs.jsonl (" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

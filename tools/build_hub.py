@@ -44,7 +44,8 @@ dpo_triton = get_local_kernel(Path("the folder of this file"))
 logps = dpo_triton.fused_seq_logprob(logits, labels, mask, shift=True)  # (B,) means, in nats
 ```
 
-dpo_triton {version}; pure Python, with Triton kernels for GPUs. It needs torch, and numpy.
+dpo_triton {version}; pure Python, with Triton kernels for GPUs. It needs torch, and numpy; on a
+CPU it is faster where numba is installed.
 """
 
 

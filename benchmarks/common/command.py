@@ -33,7 +33,7 @@ def parser(
     if device:
         cuda = torch.cuda.is_available()
         result.add_argument("--device", default="cuda" if cuda else "cpu")
-        result.add_argument("--backend", choices=["auto", "triton", "torch"], default="auto")
+        result.add_argument("--backend", choices=["auto", "triton", "cpu", "torch"], default="auto")
     if share:
         result.add_argument("--share", type=float, nargs="+", help="of the rows scored, in (0, 1]")
     return result

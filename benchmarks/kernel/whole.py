@@ -6,7 +6,7 @@ size, which gives its blocks, float64 and the longest chain of dependent instruc
 operators are a launch each and the bytes of their tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -186,7 +186,7 @@ def whole_rows(
     target: str,
     work: Mapping[str, Work],
     loops: Mapping[tuple[str, str], Loop],
-    devices: tuple[Device, ...],
+    devices: Sequence[Device],
 ) -> Figures:
     """Return the modelled microseconds of each part of a pass on each device.
 

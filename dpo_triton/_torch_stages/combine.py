@@ -28,18 +28,19 @@ def combine(
     flat_weights = weights.flatten()
     weighted_logps = torch.empty_like(flat_weights, dtype=torch.float64)
     complement, reference, share, exponent_scales = out.softmax
-    exponent_scales.fill_(scale)
+    limit = 2.0 ** (59 if weights.dtype == torch.float64 else 30)
     for first in range(0, target.numel(), BLOCK_T):
         here = slice(first, first + BLOCK_T)
         scored = flat_weights[here] != 0
-        combined = _combine_tokens(sums[:, :, here], target[here], scale, vocab_size, stats)
-        token_logps, complement[here], peak_exponent, log2_total, *extras = combined
-        # Relative to the peak, where exponents are exact, or to the total of a flat row (here also
-        # one whose peak was guessed poorly).
-        reference[here] = peak_exponent.where(log2_total - peak_exponent < 1, log2_total)
+        combined = _combine_tokens(sums[:, :, here], target[here], scale, limit, stats)
+        token_logps, complement[here], exponent_scales[here], *rest = combined
+        peak_exponent, log2_total, *extras = rest
+        # Relative to the peak, where exponents are exact, or to the total of a flat row.
+        reference[here] = peak_exponent.where(log2_total < 1, peak_exponent + log2_total)
         is_nobody = log2_total == -math.inf  # nobody but the target is asked about, or all banned
         reference[here] = reference[here].masked_fill(is_nobody, 0.0)
-        share[here] = (reference[here] - log2_total).exp2().masked_fill(is_nobody, 0.0)
+        from_total = reference[here] - peak_exponent - log2_total
+        share[here] = from_total.exp2().masked_fill(is_nobody, 0.0)
         out.logps.view(-1)[here] = token_logps.where(scored, 0.0)
         weighted_logps[here] = (token_logps * flat_weights[here]).where(scored, 0.0)
         for stat, extra in zip(out.stats.flatten(1), extras, strict=True):
@@ -59,9 +60,9 @@ def combine(
 
 
 def _combine_tokens(
-    partials: Tensor, target: Tensor, scale: float, vocab_size: int, stats: Sequence[str]
+    partials: Tensor, target: Tensor, scale: float, limit: float, stats: Sequence[str]
 ) -> list[Tensor]:
-    """logp, 1 - exp(logp), log2 of the peak's exp(z) and of their total, stats of tokens, (N,)
+    """logp, 1 - exp(logp), scale and log2 of the peak, log2 of the total over it, stats of tokens, (N,)
     float64 each; anything where not scored."""
     peaks, totals, *sums = partials.double()  # (K, N) each
     target = target.double()
@@ -81,7 +82,13 @@ def _combine_tokens(
     target_offset = (target - row_peak) * scale
     e_y = target_offset.exp2()
     total = others * row_shrink + e_y
-    combined = [logp, -logp.expm1(), row_peak * scale, row_peak * scale + total.log2()]
+    # A peak whose product with the scale keeps too few digits is scaled by a power of 2: who
+    # is not equal to it has a share below 2 ** -64 then, by either scale.
+    exponent = torch.frexp(row_peak.abs()).exponent - math.frexp(limit)[1]
+    is_large = ((row_peak * scale).abs() >= limit) & row_peak.isfinite()
+    own_scale = torch.ldexp(torch.ones_like(total), -exponent).masked_fill(~is_large, scale)
+    top = row_peak * own_scale
+    combined = [logp, -logp.expm1(), own_scale, top, total.log2()]
     for name, channel in zip(stats, sums, strict=True):
         if name == "entropy":  # log total - sum of p * (z - peak)
             products = ((channel + offsets * totals) * shrink).sum(0) + offset * others
@@ -89,7 +96,7 @@ def _combine_tokens(
             products += (e_y * target_offset).where(e_y != 0, 0.0)
             combined.append((total.log2() - products / total) * LN2)
         elif name == "mean_logit":
-            combined.append(channel.sum(0) * (scale * LN2 / vocab_size))
+            combined.append(channel.sum(0) * (scale * LN2))
         elif name == "top1":
             combined.append((channel.amax(0) < target).double())
         elif name == "log_sum_sq_probs":

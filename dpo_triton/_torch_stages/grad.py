@@ -5,16 +5,7 @@ import torch
 from torch import Tensor
 
 from .._records import Columns, Scaling, Scored
-from ._rows import (
-    Workspace,
-    blocks,
-    exponent_scale,
-    own_columns,
-    row_grid,
-    row_numbers,
-    split_like,
-    views,
-)
+from ._rows import Workspace, exponent_scale, own_columns, row_grid
 
 
 def grad(
@@ -32,56 +23,41 @@ def grad(
     not read where a token is not scored.
     """
     labels, weights, shift = scored
-    complement, reference, share, _ = softmax
-    softcap = scaling.softcap
-    dtype = weights.dtype
-    tokens = weights.flatten().nonzero().squeeze(1)
-    rows = row_numbers(tokens, shift)
+    softcap, dtype = scaling.softcap, weights.dtype
     scale = exponent_scale(scaling, dtype)
-
-    def of_rows(x: Tensor) -> Tensor:  # (B, T) or (B * T,) to (M, 1)
-        return x.reshape(-1).index_select(0, tokens)[:, None]
-
-    coefficient = of_rows(grad_logps).to(dtype) * of_rows(weights) * scaling.slope
-    target_grad = coefficient * of_rows(complement)
-    scaled_share = -coefficient * of_rows(share)
-
-    grid = row_grid(logits)
+    tokens = weights.flatten().nonzero().squeeze(1)
+    rows = tokens - int(shift)
+    complement, reference, share, own_scale = softmax.index_select(1, tokens)[:, :, None]
+    upstream = grad_logps.reshape(-1).index_select(0, tokens)[:, None].to(dtype)
+    coefficient = upstream * weights.view(-1).index_select(0, tokens)[:, None] * scaling.slope
+    is_large = (own_scale != scale)[:, 0]
+    y = own_columns(labels.flatten().index_select(0, tokens), columns.first, logits.shape[-1])
     if out is None:
         out = _zeros(logits)
-        out_grid = out.view(grid.shape)
     else:
-        out_grid = row_grid(out)
-        others = np.setdiff1d(np.arange(weights.numel()), rows)
-        for runs in blocks(others, grid.shape[1], len(others)):
-            for view in views(out_grid, runs):
-                view.zero_()
-
-    workspace = Workspace(logits, len(rows), dtype)
-    chain = torch.empty_like(workspace.rows(workspace.max_rows if softcap is not None else 0))
-    offsets = workspace.pad(-of_rows(reference))
-    y = own_columns(labels.flatten().index_select(0, tokens), columns.first, logits.shape[-1])
-    per_row = (y, target_grad, scaled_share)
-    per_block = zip(*(torch.split(x, workspace.max_rows) for x in per_row), strict=True)
-    lo = 0
-    for runs, (y_here, target_here, scale_here) in zip(
-        blocks(rows, grid.shape[1], workspace.max_rows), per_block, strict=False
-    ):
-        num_rows = len(y_here)
-        d = workspace.load(grid, runs, scaling)
-        if softcap is not None:  # du / dx = logit_scale * (1 - tanh ** 2)
-            torch.div(d, softcap, out=chain[:num_rows])
-            chain[:num_rows].square_().neg_().add_(1).mul_(scaling.logit_scale)
-        workspace.to_exponents(num_rows, offsets[lo:], scale)
-        workspace.exp2_(num_rows)
-        d.mul_(scale_here)
-        workspace.fill_target_(y_here, target_here)
-        if softcap is not None:
-            d.mul_(chain[:num_rows])
-        places = views(out_grid, runs)
-        for place, computed in zip(places, split_like(d, places), strict=True):
-            place.copy_(computed)
-        lo += num_rows
+        is_scored = torch.zeros(weights.numel(), dtype=torch.bool, device=weights.device)
+        is_scored[rows] = True
+        for sequence, theirs in zip(out, is_scored.view(weights.shape), strict=True):
+            sequence.index_fill_(0, (~theirs).nonzero().squeeze(1), 0)
+    out_grid = row_grid(out)
+    workspace = Workspace(logits, rows, dtype)
+    for here, g, places in workspace.blocks():
+        d = workspace.load(g, places, scaling)
+        block = workspace.block(len(d))
+        chain = None if softcap is None else scaling.chain(d)
+        large = is_large[here].nonzero().squeeze(1)
+        exponents = d[large] * own_scale[here][large] - reference[here][large]
+        torch.add(workspace.pad(-reference[here]), block, alpha=scale, out=block)  # rounded once
+        d[large] = exponents
+        block.exp2_()
+        d.mul_(-(coefficient * share)[here])
+        workspace.fill_target_(y[here], (coefficient * complement)[here])
+        if chain is not None:
+            d.mul_(chain)
+        # Contiguous rows are one group; else out is logits, or has their strides.
+        is_flat = len(out_grid) == 1
+        to, where = (out_grid[0], rows[here]) if is_flat else (out_grid[g], places)
+        to.index_copy_(0, where, d.to(out.dtype))
     return out
 
 

@@ -8,7 +8,7 @@
 The rows are what `dpo_triton.precompute` takes. A tokenizer is one of transformers.
 """
 
-from ._files import tokenise_files
+from ._files import file_hash, tokenise_files
 from ._formats import Message, Pair, Text, parse_pair
 from ._reading import read_pairs, read_texts
 from ._store import Report, TokenRows
@@ -22,6 +22,7 @@ __all__ = [
     "Row",
     "Text",
     "TokenRows",
+    "file_hash",
     "parse_pair",
     "read_pairs",
     "read_texts",

@@ -58,7 +58,7 @@ def tokenise_files(
     files = [Path(path) for path in paths]
     source = dict(
         format=FORMAT,
-        files=[_file_hash(path) for path in files],
+        files=[file_hash(path) for path in files],
         tokenizer=tokenizer_fingerprint(tokenizer),
         probe=[int(i) for i in tokenizer(PROBE).input_ids],
         max_length=max_length,
@@ -132,7 +132,8 @@ def _bar(progress: bool, path: Path) -> Any:
     return tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not progress)
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """BLAKE2 of a file's content, 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 Version = Literal["v1", "v2", "v3", "v4"]
+VERSIONS = get_args(Version)
 
 
 def logits_to_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def fused_dpo_loss(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7, with MiniMind's sequence values.
     """
-    if version not in get_args(Version):
+    if version not in VERSIONS:
         raise ValueError(f'version must be "v1", "v2", "v3" or "v4", got {version!r}')
 
     def values(logits: Tensor, inplace_backward: bool) -> Tensor:

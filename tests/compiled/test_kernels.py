@@ -128,6 +128,54 @@ def test_packed(shift, lab):
         assert_within_budget(ours, plain, right)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_padding_after_the_last_sequence(shift):
+    """Nobody's tokens: not read, and 0 in every result and in the gradient."""
+    batch = make_batch((11, 500), torch.float32)
+    batch = batch._replace(mask=torch.ones(11))
+    cu_seqlens = torch.tensor([0, 4, 8])
+    inside = batch._make(x[:8] for x in batch)
+    batch.logits[7 if shift else 8 :] = torch.nan
+    batch.labels[8:] = 1 << 40
+    leaf = batch.logits.requires_grad_()
+    with emulate("sm_90"):
+        values, stats = fused("triton")(
+            leaf, *batch[1:], shift=shift, cu_seqlens=cu_seqlens, stats=STATS
+        )
+        (grad,) = torch.autograd.grad(values.sum(), leaf)
+    exact, exact_grad = truth("seq_logprob", inside, shift=shift, cu_seqlens=cu_seqlens)
+    assert max_error(values, exact) <= 1e-6 * (1 + float(exact.abs().max()))
+    assert max_error(grad[:8], exact_grad) <= 1e-6
+    assert (grad[8:] == 0).all()
+    for name, stat in stats.items():
+        if name != "lengths":
+            assert (stat[8:] == 0).all(), name
+
+
+@pytest.mark.parametrize(
+    "ends", [[0, 3, 12], [0, 7, 3, 10], [-5, 4, 10], [5, 9], [3, -2], [1 << 40]]
+)
+def test_wrong_ends_touch_nothing_outside(ends):
+    """Whatever they give: the emulator raises at an access outside of a tensor."""
+    logits, labels, mask = make_batch((10, 40), torch.float32)
+    for shift in (False, True):
+        with emulate("sm_90"), torch.no_grad():
+            values = fused("triton")(
+                logits, labels, mask, shift=shift, cu_seqlens=torch.tensor(ends)
+            )
+        assert values.shape == (len(ends) - 1,)
+
+
+def test_a_sequence_has_its_bits_wherever_it_is():
+    """Longer than what its program takes at a time, alone and packed after another."""
+    batch = make_batch((1500, 2), torch.float32)
+    with emulate("sm_90"), torch.no_grad():
+        alone = fused("triton")(*(x[:1200][None] for x in batch))
+        moved = batch._make(x.roll(300, 0) for x in batch)
+        packed = fused("triton")(*moved, cu_seqlens=torch.tensor([0, 300, 1500]))
+    assert torch.equal(alone[0], packed[1])
+
+
 @pytest.mark.parametrize("vocab_size", [1, 6400, 16385])
 @pytest.mark.parametrize("options", [{}, dict(softcap=8.0, logit_scale=0.5)], ids=str)
 def test_stats(vocab_size, options, lab):

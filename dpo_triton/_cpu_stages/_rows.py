@@ -1,0 +1,43 @@
+"""What the loops take of tensors and options."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._records import Scaling
+
+# A number of each type of logits: in the loops bfloat16 is uint16, and float16 is int16.
+ELEMENTS: dict[torch.dtype, Any] = {
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+}
+FLAGS = {"entropy": 1, "mean_logit": 2, "top1": 4, "log_sum_sq_probs": 8}
+
+
+def real(x: float, dtype: torch.dtype) -> Any:
+    return np.float64(x) if dtype == torch.float64 else np.float32(x)
+
+
+def int64(x: Tensor) -> Tensor:
+    """Contiguous: itself, if it is."""
+    return x.to(torch.int64).contiguous()
+
+
+def flags(stats: Sequence[str]) -> int:
+    return sum(FLAGS[name] for name in stats)
+
+
+def exponent_scale(scaling: Scaling, dtype: torch.dtype) -> Any:
+    """As a number of dtype, which all three stages must use. One that is too large for products
+    with it is as good as any: it leaves the largest logit alone."""
+    return real(min(scaling.exponent_scale, 2.0**120), dtype)
+
+
+def cap_numbers(scaling: Scaling, dtype: torch.dtype) -> tuple[Any, Any]:
+    softcap = None if scaling.softcap is None else real(scaling.softcap, dtype)
+    return real(scaling.logit_scale, dtype), softcap
