@@ -24,41 +24,47 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
         RuntimeError: a backend is asked for that cannot run on tensors of `device`.
         TypeError: Triton and float64.
     """
+    interpret = os.environ.get("TRITON_INTERPRET", "0")
+    return backend_named(_resolved(name, device.type, dtype == torch.float64, interpret))
+
+
+@functools.cache  # what is installed does not change, and asking takes longer than a small call
+def _resolved(name: str, device_type: str, is_float64: bool, interpret: str) -> str:
     if name == "auto":
         of_cpu = "cpu" if _is_installed("numba") else "torch"
-        name = {"cuda": "triton", "cpu": of_cpu}.get(device.type, "torch")
+        name = {"cuda": "triton", "cpu": of_cpu}.get(device_type, "torch")
     if name == "torch":
-        return _torch_backend()
+        return name
     if name == "cpu":
         if not _is_installed("numba"):
             raise ModuleNotFoundError(
                 'backend="cpu" needs numba, which is not installed; install it with '
                 '`pip install numba`, or pass backend="torch"'
             )
-        if device.type != "cpu":
+        if device_type != "cpu":
             raise RuntimeError(
-                f'backend="cpu" got tensors on {device}; move them to the CPU, or pass '
+                f'backend="cpu" got tensors on {device_type}; move them to the CPU, or pass '
                 'backend="auto"'
             )
-        return _cpu_backend()
-    if dtype == torch.float64:
+        return name
+    if is_float64:
         raise TypeError(
             "logits are float64, and the Triton backend computes in float32; pass float32, "
             'bfloat16 or float16 logits, or backend="torch"'
         )
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         raise ModuleNotFoundError(
-            f'backend="{name}" on a {device.type} device needs Triton, which is not installed; '
+            f'backend="triton" on a {device_type} device needs Triton, which is not installed; '
             "install it with `pip install triton` (on Windows `pip install triton-windows`), "
             'or pass backend="torch"'
         )
-    if not _triton_serves(device.type, os.environ.get("TRITON_INTERPRET", "0")):
+    if not _triton_serves(device_type, interpret):
         raise RuntimeError(
-            f'backend="triton" got tensors on {device}, which no active Triton driver serves; move '
-            "them to a GPU, or set TRITON_INTERPRET=1 before the first import of triton to run in "
-            'its interpreter, or pass backend="torch"'
+            f'backend="triton" got tensors on {device_type}, which no active Triton driver serves; '
+            "move them to a GPU, or set TRITON_INTERPRET=1 before the first import of triton to "
+            'run in its interpreter, or pass backend="torch"'
         )
-    return _triton_backend()
+    return name
 
 
 def backend_named(name: str) -> Backend:

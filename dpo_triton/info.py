@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import reference
 from ._backends import BackendName, resolve_backend
+from ._records import Backend
 from ._version import __version__
 from .linear import fused_linear_seq_logprob
 from .seq_logprob import fused_seq_logprob
@@ -59,9 +60,7 @@ def check_device(device: torch.device) -> bool:
 def chosen_backend(device: torch.device) -> tuple[str | None, str]:
     """What "auto" is on the device, or None and why there is nothing."""
     chosen, error = _resolve("auto", device)
-    if chosen is None:
-        return None, error
-    return next(name for name in BACKENDS if _resolve(name, device)[0] == chosen), ""
+    return (None, error) if chosen is None else (chosen.name, "")
 
 
 def reason(device: torch.device, chosen: str) -> str:
@@ -308,7 +307,7 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def _resolve(backend: BackendName, device: torch.device) -> tuple[Any, str]:
+def _resolve(backend: BackendName, device: torch.device) -> tuple[Backend | None, str]:
     """The backend, or None and why it cannot run here."""
     try:
         return resolve_backend(backend, device, torch.float32), ""
