@@ -178,7 +178,8 @@ def test_a_known_bad_numpy_is_named(triton, numpy, status, monkeypatch, capsys):
     """Triton's interpreter of some versions fails with newer NumPys; else it is our failure."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(info, "_version", dict(triton=triton, numpy=numpy).get)
-    monkeypatch.setattr(info, "resolve_backend", lambda name, device, dtype: "triton")
+    triton_backend = _backends._torch_backend()._replace(name="triton")
+    monkeypatch.setattr(info, "resolve_backend", lambda name, device, dtype: triton_backend)
     monkeypatch.setattr(info, "self_check", raise_anything)
     monkeypatch.setattr(info, "BACKENDS", ("triton",))
     assert info.main() == status
