@@ -44,7 +44,7 @@ demo: $(VENV)/.demo
 
 # In the order of collection, or the compiled files would come last: a file is one test there.
 test: $(VENV)/.dev
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
