@@ -62,13 +62,8 @@ def combine(
 def _combine_tokens(
     partials: Tensor, target: Tensor, scale: float, limit: float, stats: Sequence[str]
 ) -> list[Tensor]:
-<<<<<<< HEAD
-    """logp, 1 - exp(logp), scale and log2 of the peak, log2 of the total over it, stats of tokens,
-    (N,) float64 each; anything where not scored."""
-=======
     """logp, 1 - exp(logp), scale and log2 of the peak, log2 of the total over it, and stats of
     tokens, (N,) float64 each; anything where not scored."""
->>>>>>> refs/heads/cpu
     peaks, totals, *sums = partials.double()  # (K, N) each
     target = target.double()
     peak = peaks.amax(0)
