@@ -15,6 +15,8 @@ GRAIN = 32768
 # ... and its vectors hold at most so many float32 (AVX-512).
 LONGEST_VECTOR = 16
 
+Places = slice | Tensor  # of R rows: neighbours are a slice, which needs no copy, others (R,)
+
 
 def exponent_scale(scaling: Scaling, dtype: torch.dtype) -> float:
     """The scaling's, as a number of dtype: all three stages must use the same.
@@ -60,10 +62,10 @@ class Workspace:
         self.max_rows = max(1, min(len(rows), BUFFER_NUMEL // pitch))
         self.min_rows = -(-num_threads * GRAIN // pitch)  # below that, not all threads take part
         shape = (max(self.max_rows, self.min_rows), pitch)
-        self.padded = torch.zeros(shape, dtype=dtype, device=logits.device)
+        self.padded = torch.empty(shape, dtype=dtype, device=logits.device)
 
-    def blocks(self) -> Iterator[tuple[slice, int, Tensor]]:
-        """Which of the rows, their group in the grid, and their places (R,) in it."""
+    def blocks(self) -> Iterator[tuple[slice, int, Places]]:
+        """Which of the rows, their group in the grid, and their places in it."""
         height = self.grid.shape[1]
         ends = torch.searchsorted(
             self.rows, torch.arange(1, len(self.grid) + 1, device=self.rows.device) * height
@@ -72,15 +74,25 @@ class Workspace:
         for g, end in enumerate(ends.tolist()):
             for start in range(first, end, self.max_rows):
                 here = slice(start, min(start + self.max_rows, end))
-                yield here, g, self.rows[here] - g * height
+                places = self.rows[here] - g * height
+                low, high = places[[0, -1]].tolist()
+                are_neighbours = high - low + 1 == len(places)
+                yield here, g, slice(low, high + 1) if are_neighbours else places
             first = end
 
-    def load(self, g: int, places: Tensor, scaling: Scaling) -> Tensor:
+    def load(self, g: int, places: Places, scaling: Scaling) -> Tensor:
         """Fill with u of a group's rows, and return them without their padding, (R, V)."""
-        u = self.padded[: len(places), : self.num_columns]
-        u.copy_(self.grid[g].index_select(0, places))
+        x = self.grid[g][places]
+        u = self.padded[: len(x), : self.num_columns]
+        u.copy_(x)
         scaling.cap_(self.block(len(u)))
         return u
+
+    def to_exponents_(self, offsets: Tensor, scale: float) -> None:
+        """The first R rows from u to scale * u + offsets (R, 1), rounded once."""
+        block = self.block(len(offsets))
+        padding = offsets.new_zeros(max(0, self.min_rows - len(offsets)), 1)
+        torch.add(torch.cat([offsets, padding]), block, alpha=scale, out=block)
 
     def block(self, num_rows: int) -> Tensor:
         """The first rows with all padding, which no operation takes apart."""
@@ -90,7 +102,3 @@ class Workspace:
         """Write value, or values (R, 1), to column y[r] of each of the first R rows; for a target
         in other columns, to padding."""
         self.padded[: len(y)].scatter_(1, y % self.padded.shape[1], value)
-
-    def pad(self, values: Tensor) -> Tensor:
-        """(R, 1), with as many more as the block's padding takes."""
-        return torch.cat([values, values.new_zeros(max(0, self.min_rows - len(values)), 1)])

@@ -39,25 +39,25 @@ def grad(
         is_scored[rows] = True
         for sequence, theirs in zip(out, is_scored.view(weights.shape), strict=True):
             sequence.index_fill_(0, (~theirs).nonzero().squeeze(1), 0)
-    out_grid = row_grid(out)
     workspace = Workspace(logits, rows, dtype)
+    # Contiguous, out has the groups of any grid; else it is logits, or has their strides.
+    out_grid = out.view(workspace.grid.shape) if out.is_contiguous() else row_grid(out)
     for here, g, places in workspace.blocks():
         d = workspace.load(g, places, scaling)
-        block = workspace.block(len(d))
         chain = None if softcap is None else scaling.chain(d)
         large = is_large[here].nonzero().squeeze(1)
         exponents = d[large] * own_scale[here][large] - reference[here][large]
-        torch.add(workspace.pad(-reference[here]), block, alpha=scale, out=block)  # rounded once
+        workspace.to_exponents_(-reference[here], scale)
         d[large] = exponents
-        block.exp2_()
+        workspace.block(len(d)).exp2_()
         d.mul_(-(coefficient * share)[here])
         workspace.fill_target_(y[here], (coefficient * complement)[here])
         if chain is not None:
             d.mul_(chain)
-        # Contiguous rows are one group; else out is logits, or has their strides.
-        is_flat = len(out_grid) == 1
-        to, where = (out_grid[0], rows[here]) if is_flat else (out_grid[g], places)
-        to.index_copy_(0, where, d.to(out.dtype))
+        if isinstance(places, slice):
+            out_grid[g, places] = d
+        else:
+            out_grid[g].index_copy_(0, places, d.to(out.dtype))
     return out
 
 

@@ -70,16 +70,26 @@ def _fold(
         sums["top1"].copy_(_rival(u, y))
     workspace.fill_target_(y, -math.inf)
     peak.copy_(u.amax(1, keepdim=True).clamp_(min=torch.finfo(u.dtype).min))
-    # The difference first: it is exact where it matters, and never too large.
-    block = workspace.block(len(u))
-    block.sub_(workspace.pad(peak)).mul_(scale)
+    offset = peak * scale
+    # Beyond 1 / eps it is not exact to one: there the difference is taken first.
+    large = (offset.abs() * torch.finfo(u.dtype).eps >= 1).nonzero()[:, 0]
+    exponents = (u[large] - peak[large]) * scale
+    workspace.to_exponents_(-offset, scale)
+    u[large] = exponents
     products = u.clamp(min=-1.0e4) if "entropy" in sums else None  # 0 * -inf is NaN
-    block.exp2_()
+    workspace.block(len(u)).exp2_()
     _row_sums(u, out=total)
     if products is not None:
         _row_sums(products.mul_(u), out=sums["entropy"])
     if "log_sum_sq_probs" in sums:
         _row_sums(u.square_(), out=sums["log_sum_sq_probs"])
+    # What the offset lacks of the exact product.
+    error = (offset.double() - peak.double() * scale).index_fill_(0, large, 0.0)
+    if "entropy" in sums:
+        sums["entropy"].copy_((sums["entropy"] + error * total) * error.exp2())
+    if "log_sum_sq_probs" in sums:
+        sums["log_sum_sq_probs"].mul_((2 * error).exp2())
+    total.mul_(error.exp2())
 
 
 def _rival(u: Tensor, y: Tensor) -> Tensor:
