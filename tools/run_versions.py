@@ -23,7 +23,7 @@ RESULTS = ROOT / "docs" / "versions.csv"
 ENVIRONMENTS = ROOT / ".venv-versions"
 
 
-KEY = ("name", "tests", "machine")
+KEY = ("name", "python", "numpy", "tests", "machine")
 
 
 class Combination(NamedTuple):
