@@ -25,9 +25,13 @@ def real(x: float, dtype: torch.dtype) -> Any:
     return np.float64(x) if dtype == torch.float64 else np.float32(x)
 
 
+def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Itself if it is: two operators that change nothing take longer than a small loop."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
 def int64(x: Tensor) -> Tensor:
-    """Contiguous: itself, if it is."""
-    return x.to(torch.int64).contiguous()
+    return contiguous(x, torch.int64)
 
 
 def flags(stats: Sequence[str]) -> int | None:

@@ -34,6 +34,7 @@ from ._rows import (
     MEAN_LOGIT,
     TOP1,
     cap_numbers,
+    contiguous,
     exponent_scale,
     flags,
     int64,
@@ -210,7 +211,7 @@ def partials(
     sums, target, weights = out
     dtype, num_tokens, seq_len = weights.dtype, weights.numel(), weights.shape[1]
     labels, mask, cu_seqlens = int64(tokens.labels), tokens.mask, tokens.cu_seqlens
-    mask = None if mask is None else mask.to(dtype).contiguous()
+    mask = None if mask is None else contiguous(mask, dtype)
     cu_seqlens = None if cu_seqlens is None else int64(cu_seqlens)
     token_weights(
         num_tokens, seq_len, tokens.shift, tokens.ignore_index, labels.data_ptr(),
