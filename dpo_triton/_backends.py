@@ -3,12 +3,14 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ._records import Backend
+from ._records import Backend, Tokens
 
 BackendName = Literal["auto", "triton", "cpu", "torch"]
 BACKEND_NAMES = ("auto", "triton", "cpu", "torch")
@@ -72,23 +74,19 @@ def backend_named(name: str) -> Backend:
     return {"triton": _triton_backend, "cpu": _cpu_backend, "torch": _torch_backend}[name]()
 
 
-def checks_values(backend: Backend) -> bool:
-    """Whether wrong labels and cu_seqlens raise: on a GPU only if it may be waited for."""
-    return backend.on_host or os.environ.get("DPO_TRITON_DEBUG") == "1"
-
-
 @functools.cache
 def _torch_backend() -> Backend:
     from . import _torch_stages
+    from ._checks import check_values
 
-    return _backend("torch", _torch_stages, tile_width=4096, on_host=True)
+    return _backend("torch", _torch_stages, tile_width=4096, check=check_values)
 
 
 @functools.cache
 def _cpu_backend() -> Backend:
     from . import _cpu_stages
 
-    return _backend("cpu", _cpu_stages, tile_width=4096, on_host=True)
+    return _backend("cpu", _cpu_stages, tile_width=4096, check=_cpu_stages.check)
 
 
 @functools.cache
@@ -102,12 +100,22 @@ def _triton_backend() -> Backend:
     from . import kernels
 
     # A GPU waits for the host where tiles are narrow.
-    return _backend("triton", kernels, tile_width=32768, on_host=False)
+    return _backend("triton", kernels, tile_width=32768, check=_check_if_debugging)
 
 
-def _backend(name: str, stages: ModuleType, tile_width: int, on_host: bool) -> Backend:
+def _check_if_debugging(tokens: Tokens, weights: Tensor, vocab_size: int) -> None:
+    """The GPU is waited for only if that was asked for."""
+    if os.environ.get("DPO_TRITON_DEBUG") == "1":
+        from ._checks import check_values
+
+        check_values(tokens, weights, vocab_size)
+
+
+def _backend(
+    name: str, stages: ModuleType, tile_width: int, check: Callable[[Tokens, Tensor, int], None]
+) -> Backend:
     functions = (stages.partials, stages.combine, stages.grad, stages.num_splits)
-    return Backend(name, *functions, tile_width, on_host)
+    return Backend(name, *functions, tile_width, check)
 
 
 @functools.cache

@@ -261,7 +261,15 @@ def check_choices(options: "Options") -> None:
         raise ValueError(f"backend must be {', '.join(names)} or {last}, got {backend!r}")
 
 
-def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
+def check_values(tokens: Tokens, weights: Tensor, vocab_size: int) -> None:
+    """What shapes do not say: cu_seqlens, and labels of non-zero weight (B, T)."""
+    labels, cu_seqlens = tokens.labels, tokens.cu_seqlens
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, labels.numel())
+    _check_scored_labels(labels, weights, vocab_size, cu_seqlens is not None)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     """Whether packed sequences follow each other inside of the tokens."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] > num_tokens or sorted(bounds) != bounds:
@@ -273,7 +281,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
 
 
-def check_scored_labels(labels: Tensor, weights: Tensor, vocab_size: int, is_packed: bool) -> None:
+def _check_scored_labels(labels: Tensor, weights: Tensor, vocab_size: int, is_packed: bool) -> None:
     """Whether the labels (B, T) of non-zero weight lie in the vocabulary."""
     outside = ((weights != 0) & ((labels < 0) | (labels >= vocab_size))).nonzero()
     if len(outside) > 0:

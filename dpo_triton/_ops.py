@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import checks_values, resolve_backend
-from ._checks import check_cu_seqlens_values, check_scored_labels
+from ._backends import resolve_backend
 from ._records import Columns, Combined, Partials, Scaling, Scored, Tokens, sum_dtype
 
 # Of the operators: the package's own name, so that another copy of it, imported under another name
@@ -90,13 +89,10 @@ def _logprob(
     tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
     scaling = scaling_of(temperature, logit_scale, softcap, symbols)
     vocab_size = logits.shape[-1]
-    if cu_seqlens is not None and checks_values(stages):
-        check_cu_seqlens_values(cu_seqlens, labels.numel())
     columns, dtype = Columns.all_of(vocab_size), sum_dtype(logits.dtype)
     partials = Partials.empty(tokens, columns, stages.num_splits(vocab_size), len(stats), dtype)
     stages.partials(logits, tokens, columns, scaling, stats, partials)
-    if checks_values(stages):
-        check_scored_labels(labels, partials.weights, vocab_size, cu_seqlens is not None)
+    stages.check(tokens, partials.weights, vocab_size)
     combined = Combined.empty(partials.weights, tokens.num_sequences(reduction), len(stats))
     stages.combine(partials, cu_seqlens, reduction, vocab_size, scaling, stats, combined)
     return *combined, partials.weights

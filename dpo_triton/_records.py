@@ -190,7 +190,8 @@ class Backend(NamedTuple):
     grad: Callable[..., Tensor]
     num_splits: Callable[[int], int]  # columns -> K, entries of the partials of each token
     tile_width: int  # columns of a head's tile: a constant, so that a row's bits stay its own
-    on_host: bool  # values can be read without waiting for a device
+    # Tokens, weights, vocab_size: raises what is wrong with values, if they may be waited for.
+    check: Callable[[Tokens, Tensor, int], None]
 
 
 class Request(NamedTuple):

@@ -1,7 +1,11 @@
-"""The three stages for a CPU, compiled by numba; `dpo_triton.kernels` is their twin."""
+"""The three stages for a CPU, compiled by numba; `dpo_triton.kernels` is their twin.
 
+A file each, with the loops over rows and what calls them.
+"""
+
+from .check import check
 from .combine import combine
 from .grad import grad
 from .partials import num_splits, partials
 
-__all__ = ["combine", "grad", "num_splits", "partials"]
+__all__ = ["check", "combine", "grad", "num_splits", "partials"]

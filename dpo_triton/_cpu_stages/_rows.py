@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import TOKEN_STATS
 from .._records import Scaling
 
 # A number of each type of logits: in the loops bfloat16 is uint16, and float16 is int16.
@@ -16,20 +17,26 @@ ELEMENTS: dict[torch.dtype, Any] = {
     torch.float32: np.float32(0),
     torch.float64: np.float64(0),
 }
-FLAGS = {"entropy": 1, "mean_logit": 2, "top1": 4, "log_sum_sq_probs": 8}
+ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8  # in the order of the partials' channels
+FLAGS = dict(zip(TOKEN_STATS, (ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS), strict=True))
 
 
 def real(x: float, dtype: torch.dtype) -> Any:
     return np.float64(x) if dtype == torch.float64 else np.float32(x)
 
 
+def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Itself if it is: two operators that change nothing take longer than a small loop."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
 def int64(x: Tensor) -> Tensor:
-    """Contiguous: itself, if it is."""
-    return x.to(torch.int64).contiguous()
+    return contiguous(x, torch.int64)
 
 
-def flags(stats: Sequence[str]) -> int:
-    return sum(FLAGS[name] for name in stats)
+def flags(stats: Sequence[str]) -> int | None:
+    """None without stats: a type of its own, for which loops are compiled without theirs."""
+    return sum(FLAGS[name] for name in stats) or None
 
 
 def exponent_scale(scaling: Scaling, dtype: torch.dtype) -> Any:

@@ -2,11 +2,127 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
-from .._records import Combined, Partials, Scaling
-from . import _loops
-from ._rows import exponent_scale, flags, int64
+from .._records import LN2, Combined, Partials, Scaling
+from ._compiled import compiled, inner
+from ._numbers import softmax_rows, view
+from ._rows import ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGIT, TOP1, exponent_scale, flags, int64
+
+
+@inner
+def combine_token(
+    n, num_tokens, sums, channel, split, num_splits, x_y, scale, stats, limit, softmax, token_stats
+):
+    """Write what one scored token gets, and return its log-probability in float64."""
+    peak = np.float64(sums[n])
+    for k in range(1, num_splits):
+        peak = max(peak, np.float64(sums[k * split + n]))
+    others, products, squares, logit_sum, rival = 0.0, 0.0, 0.0, 0.0, -np.inf
+    for k in range(num_splits):
+        place = k * split + n
+        offset = (sums[place] - peak) * scale
+        shrink = np.exp2(offset)
+        total = np.float64(sums[place + channel])
+        others += total * shrink
+        if stats is not None:
+            place += 2 * channel
+            if stats & ENTROPY:
+                products += (sums[place] + offset * total) * shrink if total != 0.0 else 0.0
+                place += channel
+            if stats & MEAN_LOGIT:
+                logit_sum += sums[place]
+                place += channel
+            if stats & TOP1:
+                rival = max(rival, np.float64(sums[place]))
+                place += channel
+            if stats & LOG_SUM_SQ_PROBS:
+                squares += sums[place] * shrink * shrink
+
+    log_odds = ((peak - x_y) * scale + np.log2(others)) * LN2
+    if not x_y < np.inf:  # would look certain: inf < inf and nan < inf are both false
+        log_odds = np.nan
+    e = np.exp(-abs(log_odds))
+
+    # The whole row, its target included, is what the gradient divides by.
+    row_peak = max(peak, x_y)
+    offset, target_offset = (peak - row_peak) * scale, (x_y - row_peak) * scale
+    shrink, e_y = np.exp2(offset), np.exp2(target_offset)
+    total = others * shrink + e_y
+    # Exponents of the gradient are relative to the peak, where they are exact, or to the total of a
+    # flat row. A peak whose product with the scale keeps too few digits for that is scaled by a
+    # power of 2 instead: who is not equal to it has a share below 2 ** -64 then, by either scale.
+    used, reference = scale, row_peak * scale
+    if limit <= abs(reference) and abs(row_peak) < np.inf:
+        used = np.exp2(np.log2(limit) - np.floor(np.log2(abs(row_peak))))
+        reference = row_peak * used
+    log2_total = np.log2(total)
+    softmax[0][n] = (1.0 if log_odds > 0.0 else e) / (1.0 + e)
+    if total == 0.0:  # nobody but the target is asked about, or all are banned
+        softmax[1][n], softmax[2][n] = 0.0, 0.0
+    else:
+        softmax[1][n] = reference + log2_total if log2_total >= 1.0 else reference
+        softmax[2][n] = np.exp2(softmax[1][n] - reference - log2_total)
+    softmax[3][n] = used
+
+    if stats is not None:
+        if stats & ENTROPY:  # log total - sum of p * (z - peak)
+            products = (products + offset * others) * shrink if others != 0.0 else 0.0
+            products += e_y * target_offset if e_y != 0.0 else 0.0
+            token_stats[n] = (log2_total - products / total) * LN2
+            n += num_tokens
+        if stats & MEAN_LOGIT:
+            token_stats[n] = logit_sum * scale * LN2
+            n += num_tokens
+        if stats & TOP1:
+            token_stats[n] = 1.0 if rival < x_y else 0.0
+            n += num_tokens
+        if stats & LOG_SUM_SQ_PROBS:
+            squares = squares * shrink * shrink + e_y * e_y
+            token_stats[n] = (np.log2(squares) - 2.0 * log2_total) * LN2
+    return -(max(log_odds, 0.0) + np.log1p(e))
+
+
+@compiled
+def combine_sequences(
+    num_tokens, seq_len, num_sequences, sums, channel, split, num_splits, target, weights,
+    cu_seqlens, is_mean, scale, stats, num_stats, values, lengths, logps, softmax, pitch,
+    token_stats,
+):  # fmt: skip
+    """Write all outputs, all of the type of `scale`. sums (C, K, N) go from one channel, and from
+    one split, to the next by so many numbers; softmax (4, N) by `pitch`. Where cu_seqlens is 0,
+    sequences have seq_len tokens."""
+    target, weights = view(target, num_tokens, scale), view(weights, num_tokens, scale)
+    values, lengths = view(values, num_sequences, scale), view(lengths, num_sequences, scale)
+    logps, sums = view(logps, num_tokens, scale), view(sums, 1, scale)
+    token_stats = view(token_stats, 1, scale)
+    rows = softmax_rows(softmax, pitch, scale)
+    is_packed, ends = cu_seqlens != 0, view(cu_seqlens, num_sequences + 1, 0)
+    limit = np.exp2(30.0 if target.itemsize == 4 else 59.0)
+    stop = 0
+    for s in range(num_sequences + 1):  # after the last one, what belongs to none
+        first, stop = stop, num_tokens
+        if s < num_sequences:
+            stop = ends[s + 1] if is_packed else (s + 1) * seq_len
+        value, length, num_scored = 0.0, 0.0, 0
+        for n in range(first, stop):
+            logp = 0.0
+            if weights[n] != 0:
+                logp = combine_token(
+                    n, num_tokens, sums, channel, split, num_splits, np.float64(target[n]),
+                    np.float64(scale), stats, limit, rows, token_stats,
+                )  # fmt: skip
+                value += logp * weights[n]
+                length += weights[n]
+                num_scored += 1
+            else:
+                for e in range(num_stats):
+                    token_stats[n + e * num_tokens] = 0.0
+            logps[n] = logp
+        if s < num_sequences:
+            values[s] = value / length if is_mean and num_scored > 0 else value
+            lengths[s] = length
 
 
 def combine(
@@ -21,7 +137,7 @@ def combine(
     """Write values and lengths, logps, what `grad` takes of each token, and stats."""
     sums, target, weights = partials
     cu_seqlens = None if cu_seqlens is None else int64(cu_seqlens)
-    _loops.combine_sequences(
+    combine_sequences(
         weights.numel(), weights.shape[1], out.values.shape[0],
         sums.data_ptr(), sums.stride(0), sums.stride(1), sums.shape[1],
         target.data_ptr(), weights.data_ptr(),

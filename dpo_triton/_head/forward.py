@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backends import backend_named, checks_values
-from .._checks import check_cu_seqlens_values, check_scored_labels
+from .._backends import backend_named
 from .._records import Columns, Combined, Partials, Scaling, Tokens, sum_dtype
 from .._weights import token_weights
 from ._tiles import Plan, Tiles, Weights, columns_of, fill_, place_of, scored_rows
@@ -34,12 +33,8 @@ def head_forward(
     """Some columns' forward pass: `gather` makes of the partials of the scored tokens, with sums
     (C, K, M) and targets (M,), those of the whole vocabulary."""
     stages = backend_named(plan.backend)
-    if tokens.cu_seqlens is not None and checks_values(stages):
-        check_cu_seqlens_values(tokens.cu_seqlens, tokens.labels.numel())
     weights = token_weights(tokens, sum_dtype(plan.dtype))
-    if checks_values(stages):
-        is_packed = tokens.cu_seqlens is not None
-        check_scored_labels(tokens.labels, weights, columns.vocab_size, is_packed)
+    stages.check(tokens, weights, columns.vocab_size)
     rows = scored_rows(head.hidden, tokens.labels, weights, tokens.shift, plan)
     num_tokens = tokens.labels.numel()
     kept = head.hidden.new_empty(plan.kept_numel(num_tokens, columns.width), dtype=plan.dtype)

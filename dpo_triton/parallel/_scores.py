@@ -17,8 +17,7 @@ from .._autograd import (
     scores,
     spread,
 )
-from .._backends import backend_named, checks_values, resolve_backend
-from .._checks import check_cu_seqlens_values, check_scored_labels
+from .._backends import backend_named, resolve_backend
 from .._head import Head
 from .._head._tiles import Plan, Weights
 from .._head.backward import HeadGrads, Saved, frozen_backward, head_backward
@@ -106,14 +105,10 @@ class _ShardedLogprob(torch.autograd.Function):
             check_no_hooks()
         stages, stats = backend_named(request.backend), request.stats
         columns = peers.columns_of(logits.shape[-1])
-        if tokens.cu_seqlens is not None and checks_values(stages):
-            check_cu_seqlens_values(tokens.cu_seqlens, tokens.labels.numel())
         splits, dtype = stages.num_splits(columns.width), sum_dtype(logits.dtype)
         partials = Partials.empty(tokens, columns, splits, len(stats), dtype)
         stages.partials(logits, tokens, columns, scaling, stats, partials)
-        if checks_values(stages):
-            is_packed = tokens.cu_seqlens is not None
-            check_scored_labels(tokens.labels, partials.weights, columns.vocab_size, is_packed)
+        stages.check(tokens, partials.weights, columns.vocab_size)
         partials = peers.gather_all_partials(partials)
         reduction = peers.local_reduction(request.reduction)
         num_sequences = tokens.num_sequences(reduction)
