@@ -1,6 +1,5 @@
 """Any shape, mask, stride and option against the reference."""
 
-import pytest
 import torch
 from batches import Batch, max_error, rounding, truth, value_and_grad
 from hypothesis import HealthCheck, given, settings
