@@ -100,7 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         command.announce(run, {peer.name: peer.description for peer in runnable})
         others = measure.OtherLoad()
         rows = measure_all(runnable, device, lab, args.samples, args.calls)
-        head_rows = [] if args.no_head else counts.count(lab, args.tokens, backend="triton", **HEAD)
+        # The head is counted, not timed, and on CPU tensors: where nothing is executed.
+        no_head = args.no_head or device.type == "cuda"
+        head_rows = [] if no_head else counts.count(lab, args.tokens, backend="triton", **HEAD)
     command.print_not_run(not_run)
     print("\n" + COLUMNS.table(rows, lambda row: row.passes))
     print("\n" + NOTES.format(calls=args.calls, profiled=PROFILED))

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     command.require_bench_extra(args, "tqdm")
     device = torch.device(args.device)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     measure.map_buffers()
     runnable, not_run = peers.collect(candidates(device, args.backend))

@@ -135,8 +135,8 @@ def plan(machine: Machine, folder: Path) -> list[Step]:
         return Step(tool, command, weight, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),), missing)
 
     return [
-        Step("self-check", [python, "-m", "dpo_triton.info"], 25),
-        Step("gpu-tests", [*pytest, "-m", "gpu"], 65, missing=no_pytest),
+        Step("self-check", [python, "-m", "dpo_triton.info"], 45),
+        Step("gpu-tests", [*pytest, "tests/test_gpu.py", "-m", "gpu"], 65, missing=no_pytest),
         Step("suite", [*pytest, *parallel, "-m", "not gpu"], 140, missing=no_pytest),
         sanitizer("memcheck", 45),
         benchmark("host", 35, *plots),

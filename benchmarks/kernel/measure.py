@@ -188,8 +188,11 @@ def table(rows: Figures) -> str:
 def random_batch(
     batch: int, seq_len: int, vocab_size: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # A generator of its own: a capture that fails leaves the default one unusable.
+    draw = torch.Generator(DEVICE)
+    draw.manual_seed(0)
     logits = torch.empty((batch, seq_len, vocab_size), dtype=dtype, device=DEVICE)
     for rows in logits:
-        rows.copy_(3 * torch.randn(rows.shape, device=DEVICE))
-    labels = torch.randint(vocab_size, (batch, seq_len), device=DEVICE)
+        rows.copy_(3 * torch.randn(rows.shape, device=DEVICE, generator=draw))
+    labels = torch.randint(vocab_size, (batch, seq_len), device=DEVICE, generator=draw)
     return logits, labels
