@@ -32,7 +32,7 @@ help:
 	@echo "make bench-parallel  a sharded head over processes, and modelled over 1 to 64 GPUs"
 	@echo "make bench-host  what calls cost on the host, by part, beside the peers"
 	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
-	@echo "make test-versions  the oldest, a middle and the newest torch, in environments of their own"
+	@echo "make test-versions  the oldest, the pinned and the newest torch, in environments of their own"
 	@echo "make docs    dist/docs: the documentation as a site;  make tables  fill in its figures"
 	@echo "make hub     dist/hub: the layout for the Hugging Face Hub's kernels package"
 	@echo "make lint    ruff and mypy;  make format  lay the code out"
@@ -44,7 +44,7 @@ demo: $(VENV)/.demo
 
 # In the order of collection, or the compiled files would come last: a file is one test there.
 test: $(VENV)/.dev
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)

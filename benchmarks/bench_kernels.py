@@ -192,6 +192,9 @@ def measure_gpu(
     command.print_not_run(not_run)
     print(f"\nmeasured on {machine}; V = {args.vocab}, {args.dtype}")
     print(measure.table(figures))
+    of_calls = measure.whole_rows(peers, dtype, args.quick)
+    print(f"\nwhole calls, {args.dtype}\n{measure.whole_table(of_calls)}")
+    figures += of_calls
     path, _ = output_paths(args, f"kernels-{file_stem(machine)}")
     write_csv(path, figures, run)
     print(f"\nrows: {path}")

@@ -25,7 +25,9 @@ REPOSITORY = "https://github.com/dpo-triton/dpo-triton"
 # What a user may import; each says in __all__ what of it is public.
 MODULES = (
     "dpo_triton",
+    "dpo_triton.data",
     "dpo_triton.losses",
+    "dpo_triton.nn",
     "dpo_triton.precompute",
     "dpo_triton.reference",
     "dpo_triton.integrations.minimind",
@@ -41,6 +43,7 @@ html_theme = "furo"
 html_title = f"dpo_triton {version}"
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # shapes and dtypes are in the docstrings
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 
 logger = logging.getLogger(__name__)

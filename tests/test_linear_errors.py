@@ -140,7 +140,7 @@ def test_cu_seqlens_values_on_triton_in_debug(monkeypatch, device):
     pytest.importorskip("triton")
     monkeypatch.setenv("DPO_TRITON_DEBUG", "1")
     inputs = {name: x.to(device) for name, x in PACKED.items()}
-    bounds = torch.tensor([0, 7], device=device)
+    bounds = torch.tensor([0, 9], device=device)
     with pytest.raises(ValueError, match="cu_seqlens must rise"):
         fused_linear_seq_logprob(
             **inputs, weight=WEIGHT.to(device), cu_seqlens=bounds, backend="triton"

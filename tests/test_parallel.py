@@ -1,6 +1,7 @@
 """Vocabularies in shards over real processes: the same bits on every rank, and those of float64."""
 
 import importlib.util
+import os
 from typing import Any
 
 import parallel_cases as cases
@@ -25,7 +26,8 @@ from dpo_triton._backends import resolve_backend
 from dpo_triton._head._tiles import Plan
 
 SIZE = 4
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+# On a CPU its interpreter runs the kernels.
+HAS_TRITON = importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1"
 BF16 = torch.bfloat16
 # 8 tokens in 4 sequences keep it fast; 50257 is odd, and so are these shards.
 WIDE = (4, 8, 50257)
@@ -117,6 +119,13 @@ BENCHMARK = ways.Batch(4, 8, 16, 4 * 5000, 0.5, seed=0)
 @pytest.fixture(scope="module")
 def seed(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    """Where there is a GPU too: gloo exchanges no CUDA tensors as shards do, and NCCL takes a GPU
+    for each rank."""
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
+def device() -> torch.device:
+    """Where there is a GPU too: gloo exchanges no CUDA tensors as shards do, and NCCL takes a GPU
+    for each rank."""
+    return torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
 def results(seed: int, device: torch.device) -> list[dict[str, Any]]:
     every = {}
     for name, case in SEQUENCES.items():

@@ -1,6 +1,5 @@
 """Any shape, mask, stride and option against the reference."""
 
-import pytest
 import torch
 from batches import Batch, max_error, rounding, truth, value_and_grad
 from hypothesis import HealthCheck, given, settings
@@ -93,24 +92,3 @@ def test_packed_is_padded(lengths, shift, seed, backend, device):
         padded_logits, padded_labels, shift=shift, backend=backend
     )
     assert torch.equal(packed, padded)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_walk_covers_each_row_once(seed):
-    """The blocks of the PyTorch stages partition the rows, whatever the holes."""
-    from dpo_triton._torch_stages import _rows
-
-    generator = torch.Generator().manual_seed(seed)
-    for max_rows in (1, 2, 3, 7, 100):
-        for group in (1, 3, 5, 40):
-            rows = (torch.rand(40, generator=generator) < 0.6).nonzero().flatten().numpy()
-            seen = []
-            blocks = list(_rows.blocks(rows, group, max_rows))
-            for runs in blocks:
-                assert sum(length for _, length in runs) <= max_rows
-                for first, length in runs:
-                    assert first // group == (first + length - 1) // group
-                    seen += range(first, first + length)
-            assert seen == rows.tolist()
-            full = [sum(length for _, length in runs) for runs in blocks[:-1]]
-            assert full == [max_rows] * len(full)

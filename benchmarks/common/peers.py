@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
-from dpo_triton._torch_stages import _rows
-
 OURS = "dpo_triton"
 TRL_KERNELS = "trl.kernels.logprob_entropy"
 
@@ -76,8 +74,3 @@ def brief(error: BaseException) -> str:
     """An exception as one short line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"
-
-
-def forget_kept_buffers() -> None:
-    """Have the next call of this package allocate again what it keeps, so that it counts."""
-    _rows._kept.buffers.clear()

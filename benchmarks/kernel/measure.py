@@ -13,12 +13,14 @@ from benchmarks.kernel.counts import (
     ALL,
     BACKWARD,
     HALF_SHIFT,
+    Case,
     Counted,
     Inputs,
     complaint,
     make_inputs,
 )
 from benchmarks.kernel.peers import KernelPeer
+from benchmarks.kernel.whole import SHAPES, Shape
 
 DEVICE = torch.device("cuda")
 COPY_NUMEL = 2**28
@@ -27,6 +29,7 @@ SEQ_LEN = 1024
 CHECKED_ROWS = 16
 COPY_SHARE = "share of a copy's speed"
 TIMED = (FORWARD, BACKWARD, BOTH)
+GRAPH = "in a CUDA graph"  # replayed: the host has no part in it
 
 
 def complaints(peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype) -> list[str]:
@@ -67,6 +70,64 @@ def rows(
                         result += time_rows(peer.name, inputs, passes, samples, copy)
                     progress.update()
     return result, copy
+
+
+def whole_rows(peers: list[KernelPeer], dtype: torch.dtype, quick: bool) -> Figures:
+    """Return the time of whole calls where what is beside the streaming kernels counts: as the host
+    starts them, and replayed from a CUDA graph."""
+    result = Figures()
+    for shape in SHAPES:
+        if 10 * shape.batch * shape.seq_len * shape.vocab_size > measure.free_bytes(DEVICE):
+            print(f"not run: {shape}: 10 bytes a logit do not fit")
+            continue
+        logits, labels = random_batch(shape.batch, shape.seq_len, shape.vocab_size, dtype)
+        inputs = make_inputs(logits, labels, Case(shape.share, False))
+        del logits
+        for peer in peers:
+            for passes in (FORWARD, BOTH):
+                fn = timed(peer, inputs, passes)
+                assert fn is not None
+                result += call_rows(peer.name, passes, shape, fn, 0.05 if quick else 0.2)
+    return result
+
+
+def call_rows(
+    impl: str, passes: str, shape: Shape, fn: Callable[[], object], run_s: float
+) -> Iterator[Figure]:
+    """Medians of one call, in ms; None where a peer cannot be captured."""
+    ways = {"time of a call": fn}
+    if (replay := captured(fn)) is not None:
+        ways[f"time of a call {GRAPH}"] = replay
+    for quantity, way in ways.items():
+        median = statistics.median(measure.times_ms(way, DEVICE, min_run_s=run_s))
+        yield Figure(impl, passes, "gpu", str(shape), quantity, "ms", median, "measured")
+
+
+def captured(fn: Callable[[], object]) -> Callable[[], object] | None:
+    """What replays fn from a CUDA graph, or None."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(stream):
+            fn()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            fn()
+    except RuntimeError:  # a peer that waits for the host
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def whole_table(rows: Figures) -> str:
+    lines = [("shape", "implementation", "pass", "us", f"us {GRAPH}")]
+    for row in rows.select("time of a call"):
+        key = dict(impl=row.impl, passes=row.passes, case=row.case)
+        replayed = rows.value(f"time of a call {GRAPH}", **key)
+        shown = "" if replayed is None else f"{1e3 * replayed:.1f}"
+        lines.append((row.case, row.impl, row.passes, f"{1e3 * row.value:.1f}", shown))
+    return aligned(lines, 3)
 
 
 def timed(peer: KernelPeer, inputs: Inputs, passes: str) -> Callable[[], object] | None:

@@ -60,6 +60,7 @@ def tokenise_files(
         format=FORMAT,
         files=[file_hash(path) for path in files],
         tokenizer=tokenizer_fingerprint(tokenizer),
+        vocabulary=len(tokenizer.get_vocab()),  # added tokens too
         probe=[int(i) for i in tokenizer(PROBE).input_ids],
         max_length=max_length,
         vocab_size=vocab_size,

@@ -23,7 +23,11 @@ ROLES = {  # ShareGPT's names
     "gpt": "assistant",
     "observation": "tool",
 }
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# What a model would be shown beside the messages, and would be missing here.
+BESIDE = (
+    *("image", "images", "video", "videos", "audio", "audios"),
+    *("documents", "chat_template_kwargs"),
+)
 ANSWERING = ("assistant", "user", "tool")  # roles within an answer; the first is scored
 CURE = (
     'a row is {"prompt": ..., "chosen": ..., "rejected": ...}: three strings, or three lists of '
@@ -74,9 +78,9 @@ class _Refused(ValueError):
 
 
 def _pair(source: str, row: dict[str, Any]) -> Pair:
-    media = [name for name in MEDIA if row.get(name)]
-    if media:
-        raise _Refused(f"a row must be text alone, got {media[0]}; leave such rows out")
+    beside = [name for name in BESIDE if row.get(name)]
+    if beside:
+        raise _Refused(f"a row must have no {beside[0]}, which cannot be scored; leave it out")
     named = "conversations" if "conversations" in row else "prompt"
     prompt = None if row.get(named) is None else _text(row[named], named)
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
@@ -98,9 +102,9 @@ def _pair(source: str, row: dict[str, Any]) -> Pair:
         prompt, chosen, rejected = _conversation(prompt, chosen, rejected)
     tools, system = _tools(row.get("tools")), row.get("system") or None
     if prompt is None or isinstance(prompt, str):
-        beside = "tools" if tools else "system" if system else None
-        if beside:
-            raise _Refused(f"{beside} needs a chat template; make prompt a list of messages")
+        unread = "tools" if tools else "system" if system else None
+        if unread:
+            raise _Refused(f"{unread} needs a chat template; make prompt a list of messages")
         return Pair(source, prompt or "", chosen, rejected)
     if system is not None:
         if prompt[0]["role"] == "system":

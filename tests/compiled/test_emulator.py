@@ -200,8 +200,9 @@ def mutated(monkeypatch):
             monkeypatch.setattr(driver.ptx, "parse", lambda text: parse(change_text(text)))
         if change_arguments is not None:
 
-            def run_changed(program, grid, arguments, *rest):
-                return run(program, grid, change_arguments(program, list(arguments)), *rest)
+            def run_changed(program, grid, arguments, *rest, **options):
+                changed = change_arguments(program, list(arguments))
+                return run(program, grid, changed, *rest, **options)
 
             monkeypatch.setattr(driver.machine, "run", run_changed)
 
