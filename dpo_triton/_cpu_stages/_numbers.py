@@ -152,15 +152,28 @@ def exp2(x):
 def _exp2(x):
     if x is types.float64:
         return lambda x: np.exp2(x)
+    return lambda x: lifted_exp2(x, F32(0.0))
 
-    def exp2_of_float32(x):
-        x = F32(-127.0) if x < F32(-127.0) else x
-        shifted = x + SHIFTER
-        f = x - (shifted - SHIFTER)
-        p = fma(fma(fma(fma(fma(C5, f, C4), f, C3), f, C2), f, C1), f, F32(1.0))
-        return p * cast_bits(U32(cast_bits(shifted, U32(0)) << U32(23)), F32(0))
 
-    return exp2_of_float32
+def exp2_and_subnormals(x):
+    """exp2 for x <= 103; float32: with the numbers below 2 ** -126."""
+
+
+@overload(exp2_and_subnormals)
+def _exp2_and_subnormals(x):
+    if x is types.float64:
+        return lambda x: np.exp2(x)
+    return lambda x: lifted_exp2(x, F32(24.0)) * F32(2.0**-24)
+
+
+@inner
+def lifted_exp2(x, lift):
+    """2 ** (x + lift) of float32, 0 for a sum below -126.5."""
+    x = F32(-127.0) - lift if x < F32(-127.0) - lift else x
+    shifted = x + (SHIFTER + lift)
+    f = x - (shifted - (SHIFTER + lift))
+    p = fma(fma(fma(fma(fma(C5, f, C4), f, C3), f, C2), f, C1), f, F32(1.0))
+    return p * cast_bits(U32(cast_bits(shifted, U32(0)) << U32(23)), F32(0))
 
 
 def tanh(x):

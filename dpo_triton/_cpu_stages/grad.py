@@ -7,7 +7,18 @@ from torch import Tensor
 
 from .._records import Columns, Scaling, Scored
 from ._compiled import compiled, inner
-from ._numbers import BLOCK, at, claim, exp2, fma, number, rounded, softmax_rows, tanh, view
+from ._numbers import (
+    BLOCK,
+    at,
+    claim,
+    exp2_and_subnormals,
+    fma,
+    number,
+    rounded,
+    softmax_rows,
+    tanh,
+    view,
+)
 from ._rows import ELEMENTS, cap_numbers, int64, real
 from ._threads import share_rows
 
@@ -75,10 +86,10 @@ def gradient_of_others(x, size, u, scale, reference, share, logit_scale, softcap
     """u[i] = share * 2 ** (scale * u - reference) * du / dx."""
     for i in range(size):
         if softcap is None:
-            u[i] = share * exp2(fma(number(x[i]), scale, -reference))
+            u[i] = share * exp2_and_subnormals(fma(number(x[i]), scale, -reference))
         else:
             th = tanh(number(x[i]) * (logit_scale / softcap))
-            p = share * exp2(fma(softcap * th, scale, -reference))
+            p = share * exp2_and_subnormals(fma(softcap * th, scale, -reference))
             u[i] = p * chain_of(th, logit_scale)
 
 
