@@ -115,7 +115,7 @@ ids = [f"_dpo_triton_{backend}_" for backend in ("cpu", "cuda", "rocm", "xpu")]
 assert [name[: len(id)] for name, id in zip(namespaces[1:], ids)] == ids, namespaces
 assert (namespaces[0], namespaces[-1]) == ("dpo_triton", "vendored_dpo_triton")
 for namespace in namespaces:
-    assert getattr(torch.ops, namespace).linear_grad.default is not None
+    assert getattr(torch.ops, namespace).linear_logprob_grad.default is not None
 
 # The head has a whole tile of 4096 columns and a tail; about a third is not scored.
 B, T, V, H = 2, 4, 4096 + 37, 24
