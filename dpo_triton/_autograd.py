@@ -4,7 +4,7 @@ the autograd function of logits.
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +50,13 @@ class Source(Protocol):
         """Both passes, differentiable."""
 
 
-AnySource = TypeVar("AnySource", bound=Source)
+class Call(NamedTuple):
+    """What was checked, as the stages take it."""
+
+    source: Any  # the Source that it was
+    tokens: Tokens  # (B, T)
+    scaling: Scaling
+    request: Request
 
 
 class Logits(NamedTuple):
@@ -96,14 +102,12 @@ def log_probabilities(
 
         found = sharded_scores(source, tokens, options)
     else:
-        source, tokens, scaling, request = checked(source, tokens, options)
-        found = source.score(tokens, scaling, request)
+        call = checked(source, tokens, options)
+        found = call.source.score(call.tokens, call.scaling, call.request)
     return _named(found, tokens.cu_seqlens is not None, options)
 
 
-def checked(
-    source: AnySource, tokens: Tokens, options: Options
-) -> tuple[AnySource, Tokens, Scaling, Request]:
+def checked(source: Source, tokens: Tokens, options: Options) -> Call:
     """Check what came, and put it as the stages take it."""
     source.check(tokens)
     scaling = _checks.checked_scaling(options.scaling)
@@ -119,8 +123,8 @@ def checked(
         options.backend,
     )
     if is_packed:
-        source, tokens = source.as_batch(), tokens.as_batch()  # type: ignore[assignment]
-    return source, tokens, scaling, request
+        source, tokens = source.as_batch(), tokens.as_batch()
+    return Call(source, tokens, scaling, request)
 
 
 def scores(

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .._autograd import (
-    AnySource,
     Logits,
     Options,
+    Source,
     check_no_hooks,
     checked,
     differentiated_once,
@@ -36,7 +36,7 @@ from ._dtensor import local_head, local_logits
 from ._peers import Peers
 
 
-def sharded_scores(source: AnySource, tokens: Tokens, options: Options) -> Scores:
+def sharded_scores(source: Source, tokens: Tokens, options: Options) -> Scores:
     """See `log_probabilities`, of which this is the body where something is sharded."""
     if isinstance(source, Logits):
         local, tokens, shard = local_logits(source, tokens, options.vocab_shard)
@@ -48,8 +48,9 @@ def sharded_scores(source: AnySource, tokens: Tokens, options: Options) -> Score
 
 def _scores(source: Logits | Head, tokens: Tokens, options: Options) -> Scores:
     if options.vocab_shard is None and options.sequence_group is None:  # a head that was gathered
-        source, tokens, scaling, request = checked(source, tokens, options)
-        return source.score(tokens, scaling, request)
+        call = checked(source, tokens, options)
+        scores: Scores = call.source.score(call.tokens, call.scaling, call.request)
+        return scores
     with Peers(options.vocab_shard, options.sequence_group) as peers:
         # torch.compile would look into frames one by one after `Peers` has refused.
         if "torch._dynamo" in sys.modules:
