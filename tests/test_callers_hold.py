@@ -1,4 +1,4 @@
-"""What a caller gets is its own: whatever is done to it in place, the gradient stays what it was."""
+"""What a caller gets is its own: whatever is done to it in place, the gradient is the same."""
 
 import gc
 import weakref
