@@ -137,7 +137,7 @@ def plan(machine: Machine, folder: Path) -> list[Step]:
     return [
         Step("self-check", [python, "-m", "dpo_triton.info"], 45),
         Step("gpu-tests", [*pytest, "tests/test_gpu.py", "-m", "gpu"], 65, missing=no_pytest),
-        Step("suite", [*pytest, *parallel, "-m", "not gpu"], 140, missing=no_pytest),
+        Step("suite", [*pytest, *parallel, "-m", "not gpu"], 120, missing=no_pytest),
         sanitizer("memcheck", 45),
         benchmark("host", 35, *plots),
         benchmark("kernels", 50, *plots),

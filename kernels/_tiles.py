@@ -154,15 +154,21 @@ def vector_width(*tensors: Tensor) -> int:
 
 def warp_size(device: torch.device) -> int:
     """Threads of a warp: 32, or 64 of an AMD wavefront. Without a GPU (in the interpreter) 32."""
+    target = gpu_target(device)
+    return 32 if target is None else int(target.warp_size)
+
+
+def gpu_target(device: torch.device) -> Any:
+    """What Triton compiles for on a device: backend, arch and warp_size; None without a GPU."""
     try:
-        return _warp_size(triton.runtime.driver.active, device)
+        return _gpu_target(triton.runtime.driver.active, device)
     except RuntimeError:  # "0 active drivers"
-        return 32
+        return None
 
 
 @functools.cache
-def _warp_size(driver: Any, device: torch.device) -> int:
-    return int(driver.get_current_target().warp_size)
+def _gpu_target(driver: Any, device: torch.device) -> Any:
+    return driver.get_current_target()
 
 
 _HERE = contextlib.nullcontext()

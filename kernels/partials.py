@@ -28,6 +28,7 @@ from ._tiles import (
     SPLIT_V,
     cap,
     from_own,
+    gpu_target,
     load,
     load_tail,
     on_device,
@@ -382,4 +383,8 @@ def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
     """
     vec = vector_width(logits)
     block = 512 if has_softcap else 2048 if vec == 8 else 1024
-    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))
+    config = dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))
+    target = gpu_target(logits.device)
+    if target is not None and target.backend == "cuda" and target.arch // 10 == 8:
+        config["maxnreg"] = 64  # with all stats the assembler for Ampere and Ada takes 71
+    return config

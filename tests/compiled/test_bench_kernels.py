@@ -53,7 +53,8 @@ def test_counts_without_peers(monkeypatch, capsys, tmp_path, dtype):
     arguments = [*TINY, "--dtype", dtype, "--output", str(tmp_path)]
     assert bench_kernels.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "published 0.89 ms" in out
+    assert "published us" in out
+    assert "890.0" in out  # of TRL's kernel, by its authors
 
     cells = read(tmp_path / "kernels-modelled.local.csv")
     assert {row["impl"] for row in cells} == {OURS}
