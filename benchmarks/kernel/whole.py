@@ -42,7 +42,8 @@ SHAPES = (
     Shape("after a prompt", 8, 1023, 6400, 0.5),
 )
 SMALL = 16  # tokens of a sequence, where only operators are counted
-STREAMING, SHORT, OPERATORS = "streaming kernels", "short kernels", "PyTorch's operators"
+STREAMING, SHORT = "modelled streaming kernels", "modelled short kernels"
+OPERATORS = "modelled PyTorch's operators"
 PARTS = (STREAMING, SHORT, OPERATORS)
 WHOLE = "modelled whole time"
 NOTES = f"""\

@@ -12,7 +12,7 @@ import dpo_triton
 from benchmarks import bench_kernels, tune_kernels
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import Figure, Figures, aligned
-from benchmarks.kernel import counts, measure, peers
+from benchmarks.kernel import counts, measure, peers, whole
 from benchmarks.kernel.peers import LIGER, TRL, KernelPeer
 from benchmarks.kernel.rows import FLOOR, MEMORY, PTX, TIME
 from gpu_lab.driver import emulate
@@ -216,6 +216,8 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     for name, value in dict(DEVICE=torch.device("cpu"), COPY_NUMEL=2**16, ROWS=16).items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(measure, "SEQ_LEN", 8)
+    monkeypatch.setattr(measure, "SHAPES", [whole.Shape("small", 2, 4, 257)])
+    monkeypatch.setattr(measure, "captured", lambda fn: None)
     status = bench_kernels.main(["--vocab", "257", "--quick", "--output", str(tmp_path)])
     out, err = capsys.readouterr()
     if error:
@@ -228,7 +230,7 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     (path,) = tmp_path.iterdir()
     cells = read(path)
     assert {row["how"] for row in cells} == {"measured"}
-    assert len(cells) == 2 * 3 * 5  # cases, passes, quantities
+    assert len(cells) == 2 * 3 * 5 + 2  # cases, passes, quantities; calls of one shape
     assert all(row["value"] > 0 for row in cells)
 
 
