@@ -161,6 +161,10 @@ def test_installed_it_is_found_and_works(built, name, options, code, tmp_path):
 
 
 CODE_UNLINKED = """
+import sys
+
+# An editable install of another checkout knows where its kernels are.
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
 import torch
 from dpo_triton import fused_seq_logprob
 
