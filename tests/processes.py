@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from head_batches import TILE_V
 
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = datetime.timedelta(minutes=5)  # ranks that compile wait for each other
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
