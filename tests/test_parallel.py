@@ -25,8 +25,8 @@ from dpo_triton import (
 from dpo_triton._backends import resolve_backend
 from dpo_triton._head._tiles import Plan
 
-# The case of a missing rank, which makes a group with a timeout of seconds, can leave one rank waiting
-# for the others for good where two cores are busy. Until that is mended the file runs on request.
+# The case of a missing rank, which makes a group with a timeout of seconds, can leave one rank
+# waiting for the others for good where two cores are busy: the file runs on request.
 pytestmark = pytest.mark.skipif(
     os.environ.get("DPO_TRITON_TEST_RANKS") != "1",
     reason="may hang: set DPO_TRITON_TEST_RANKS=1",
