@@ -139,7 +139,7 @@ def scores(
         logps if is_per_token else values,
         lengths.clone() if request.wants_lengths else None,
         (logps.clone() if is_per_token else logps) if request.wants_logps else None,
-        stats,
+        stats if request.stats else None,
     )
 
 
@@ -151,7 +151,8 @@ def _named(
         return result
     every = {"lengths": found.lengths}
     tokens = [name for name in _checks.TOKEN_STATS if name in options.stats]
-    for name, stat in zip(["token_logps", *tokens], [found.logps, *found.stats], strict=True):
+    stats = () if found.stats is None else found.stats
+    for name, stat in zip(["token_logps", *tokens], [found.logps, *stats], strict=True):
         every[name] = stat[0] if is_packed and stat is not None else stat
     return result, {name: every[name] for name in options.stats}  # type: ignore[misc]
 
@@ -264,7 +265,7 @@ def spread(
     # An empty sequence gives 0 / 0 here, and has no token that would read it.
     grad_values = grad_result / lengths if reduction == "mean" else grad_result
     if cu_seqlens is None:
-        return grad_values[:, None].expand_as(weights)
+        return grad_values.unsqueeze(1).expand_as(weights)
     if grad_values.numel() == 0:
         return torch.zeros_like(weights)
     places = torch.arange(weights.numel(), dtype=cu_seqlens.dtype, device=weights.device)

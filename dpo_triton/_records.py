@@ -211,7 +211,7 @@ class Scores(NamedTuple):
     result: Tensor  # (S,), or (B, T) with reduction "none"; the one that is differentiable
     lengths: Tensor | None  # (S,), a copy that nobody else reads
     logps: Tensor | None  # (B, T)
-    stats: Tensor  # (E, B, T)
+    stats: Tensor | None  # (E, B, T)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
