@@ -15,10 +15,10 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import complaints, measure_all
+from benchmarks.common.cases import check_batches, complaints, measure_all
 from benchmarks.common.command import Run
 from benchmarks.vocab import first_call, rows
-from benchmarks.vocab.cases import Effort, Size, check_batches, make_cases, rows_of
+from benchmarks.vocab.cases import Effort, Size, check_batch, make_cases, rows_of
 from benchmarks.vocab.judged import judge
 from benchmarks.vocab.peers import LOG_SOFTMAX, candidates
 from benchmarks.vocab.sentences import sentences
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     ours = [peer for peer in runnable if peer.ours]
     plain = next(peer for peer in runnable if peer.name == LOG_SOFTMAX)
     dtypes = [getattr(torch, name) for name in args.dtype]
-    wrong = complaints(ours, plain, check_batches(dtypes, device), device)
+    wrong = complaints(ours, plain, check_batches(check_batch, dtypes, device), device)
     if wrong:
         return run.refuse(wrong)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 CHECK_VOCAB_SIZES = (257, 5003)  # less than a tile, and more
 CHECK_MASK = ((0, 0, 1, 0, 1, 1, 0), (1,) * 7)  # holes
+CHECK_SHAPE = (len(CHECK_MASK), len(CHECK_MASK[0]))
 
 
 def relative_error(grad: Tensor, truth: Tensor) -> float:

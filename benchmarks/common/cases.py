@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -268,6 +268,18 @@ def measure_all(
     return every
 
 
+def check_batches(
+    make: Callable[[int, torch.dtype, torch.Generator], Batch],
+    dtypes: Iterable[torch.dtype],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Small ones of both vocabulary sizes, with holes in the mask."""
+    mask = torch.tensor(accuracy.CHECK_MASK, device=device)
+    for vocab_size, dtype in itertools.product(accuracy.CHECK_VOCAB_SIZES, dtypes):
+        batch = make(vocab_size, dtype, torch.Generator(device).manual_seed(vocab_size))
+        yield dataclasses.replace(batch, mask=mask, share=float(mask.float().mean()))
+
+
 def complaints(
     ours: Sequence[Peer], plain: Peer, batches: Iterable[Batch], device: torch.device
 ) -> list[str]:
@@ -296,6 +308,6 @@ def complaints(
             batch.roundings,
             strict=False,
         )
-        budgets = [(what, error, max(2 * its, 6 * half) + half) for what, error, its, half in errors]
-        found += accuracy.beyond(where, [*budgets, ("gradient of what is not scored", stray, 0.0)])
+        right = [(what, error, max(2 * its, 6 * half) + half) for what, error, its, half in errors]
+        found += accuracy.beyond(where, [*right, ("gradient of what is not scored", stray, 0.0)])
     return found

@@ -22,15 +22,18 @@ def shown(heading: str, form: str = "{}", otherwise: str = "n/a") -> Any:
 
 
 def table(*cases: Iterable[Any]) -> str:
-    """Return rows of one dataclass as aligned text, text to the left, a blank line between cases."""
+    """Return rows of one dataclass as aligned text, words before numbers, a blank line between
+    cases."""
     filled = [list(case) for case in cases]
     first = next(row for case in filled for row in case)
     fields = [field for field in dataclasses.fields(first) if field.metadata]
+    words = [field for field in fields if isinstance(getattr(first, field.name), str)]
+    fields = words + [field for field in fields if field not in words]
     lines = [[str(field.metadata["heading"]) for field in fields]]
     for case in filled:
         lines += [[""] * len(fields)] if len(cases) > 1 else []
         lines += [[_cell(row, field) for field in fields] for row in case]
-    return aligned(lines, sum(isinstance(getattr(first, field.name), str) for field in fields))
+    return aligned(lines, len(words))
 
 
 def _cell(row: Any, field: "dataclasses.Field[Any]") -> str:

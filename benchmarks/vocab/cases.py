@@ -1,13 +1,12 @@
-"""What is measured of logits: batches of many shapes, and the rows of all implementations on one."""
+"""Batches of logits of many sizes, and the rows of all implementations on one."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.common.accuracy import CHECK_MASK, CHECK_VOCAB_SIZES
+from benchmarks.common.accuracy import CHECK_SHAPE
 from benchmarks.common.cases import DEVIATION, Batch, Call, Case
 from benchmarks.common.peers import Peer, Place
 from benchmarks.common.report import BACKWARD, FORWARD
@@ -111,12 +110,5 @@ def rows_of(case: Case, calls: list[Call], copy_gb_per_s: float, part: str) -> l
     ]
 
 
-def check_batches(dtypes: Sequence[torch.dtype], device: torch.device) -> Iterator[Batch]:
-    """Small ones, with holes in the mask."""
-    mask = torch.tensor(CHECK_MASK, device=device)
-    for vocab_size in CHECK_VOCAB_SIZES:
-        for dtype in dtypes:
-            generator = torch.Generator(device).manual_seed(vocab_size)
-            size = Size(*mask.shape, vocab_size, Effort(1, None, len(mask)))
-            batch = make_batch(size, dtype, generator)
-            yield dataclasses.replace(batch, mask=mask, share=float(mask.float().mean()))
+def check_batch(vocab_size: int, dtype: torch.dtype, generator: torch.Generator) -> Batch:
+    return make_batch(Size(*CHECK_SHAPE, vocab_size, Effort(1, None, 2)), dtype, generator)
