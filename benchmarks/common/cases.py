@@ -226,26 +226,24 @@ class Case:
 
 def measure_case(case: Case, run: Run) -> list[Call]:
     """Try the implementations out and time them; what happened to those that fail is the run's."""
-    runnable: list[Call] = []
     with measure.setting(case.threads, case.neighbours):
-        for peer in case.peers:
-            try:
-                call = case.batch.call(peer, case.passes, case.trains_weight)
-                warms_up = case.min_run_s is not None
-                call.try_out(case.batch.truth, run.device, warms_up=warms_up)
-            except Exception as error:  # a peer may lack a compiler or memory; we may not
-                if peer.ours:
-                    raise
-                run.failures.setdefault(f"{peer.name}: {brief(error)}", []).append(str(case))
-            else:
-                runnable.append(call)
-        for call in measure.turns(runnable, case.rounds):
-            call.rounds.append(
-                measure.times_ms(
-                    call.fn, run.device, min_run_s=case.min_run_s, restore=call.restore
-                )
-            )
-    return runnable
+        calls = [call for peer in case.peers if (call := _tried_out(peer, case, run)) is not None]
+        for call in measure.turns(calls, case.rounds):
+            options = dict(min_run_s=case.min_run_s, restore=call.restore)
+            call.rounds.append(measure.times_ms(call.fn, run.device, **options))
+    return calls
+
+
+def _tried_out(peer: Peer, case: Case, run: Run) -> Call | None:
+    try:
+        call = case.batch.call(peer, case.passes, case.trains_weight)
+        call.try_out(case.batch.truth, run.device, warms_up=case.min_run_s is not None)
+    except Exception as error:  # a peer may lack a compiler or memory; we may not
+        if peer.ours:
+            raise
+        run.failures.setdefault(f"{peer.name}: {brief(error)}", []).append(str(case))
+        return None
+    return call
 
 
 def measure_all(

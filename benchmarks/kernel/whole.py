@@ -7,12 +7,12 @@ operators are a launch each and the bytes of their tensors.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common.operators import Operators
 from benchmarks.common.report import BACKWARD as BOTH
 from benchmarks.common.report import FORWARD, Figure, Figures, aligned
 from benchmarks.kernel.counts import BACKWARD, Inputs, Loop, Work, is_streaming
@@ -52,32 +52,6 @@ modelled: nothing here was measured. us of a call: whole = streaming + short ker
   float64 and chains of dependent instructions; in brackets their share of the streaming time. A
   card that waits for the host takes the host's time instead: see bench_host. fastest: forward +
   backward. A peer that is not installed is left out."""
-
-
-class Operators(TorchDispatchMode):
-    """PyTorch's operators that launch a kernel, as bytes of their tensors without logits."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__()
-        self.least = least  # elements of what counts as logits
-        self.num_bytes: list[float] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = [x for x in args if isinstance(x, Tensor)]
-        results = result if isinstance(result, (tuple, list)) else [result]
-        outputs = [x for x in results if isinstance(x, Tensor) and x.numel() > 0]
-        known = {x.untyped_storage().data_ptr() for x in inputs}
-        is_view = not func._schema.is_mutable and any(
-            x.untyped_storage().data_ptr() in known for x in outputs
-        )
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and outputs and not is_view and "empty" not in name:
-            tensors = [x for x in (*inputs, *outputs) if 2 * x.numel() < self.least]
-            self.num_bytes.append(sum(x.nbytes for x in tensors))
-        return result
 
 
 class Recorded(NamedTuple):
@@ -126,7 +100,7 @@ def _run(
                 x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
         return False
 
-    operators = Operators(logits.numel())
+    operators = Operators()
     with (
         peer.on_target(target),
         emulate(target, runs=runs, follows_chains=True) as lab,
@@ -139,7 +113,12 @@ def _run(
     parts: dict[bool, list[Launch]] = {True: [], False: []}
     for launch in lab.records:
         parts[is_streaming(launch, logits)].append(launch)
-    return Recorded(parts[True], parts[False], operators.num_bytes)
+    num_bytes = [
+        float(sum(x.nbytes for x in (*one.inputs, *one.outputs) if 2 * x.numel < logits.numel()))
+        for one in operators.started
+        if one.moves
+    ]
+    return Recorded(parts[True], parts[False], num_bytes)
 
 
 def seconds(
