@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Print the table of each kernel on each target; return 1 if a setting gives wrong results."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    command.require_bench_extra(args, "tqdm")
+    command.require("tqdm")
     from tqdm import tqdm
 
     blocks, threads = (QUICK_BLOCKS, QUICK_THREADS) if args.quick else (BLOCKS, THREADS)
@@ -169,7 +169,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--target", nargs="+", choices=["sm_80", "sm_90", "sm_100"], default=["sm_90", "sm_100"]
     )
     parser.add_argument("--quick", action="store_true", help="a few settings")
-    parser.set_defaults(no_plot=True)
     return parser.parse_args(argv)
 
 

@@ -93,7 +93,7 @@ class Run:
         self.script, self.argv = script, sys.argv[1:] if argv is None else argv
         self.args = parse_args(self.argv)
         self.is_whole = is_whole(self.argv, parse_args)
-        self._require(needed)
+        require(*needed, *([] if self.args.no_plot else ["matplotlib"]))
         self.device = device or torch.device(getattr(self.args, "device", "cpu"))
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
@@ -102,15 +102,6 @@ class Run:
         self.failures: dict[str, list[str]] = {}  # what happened -> in which cases
         self.facts: dict[str, object] = {}  # that stand beside every row
         self.others = measure.OtherLoad()
-
-    def _require(self, needed: Iterable[str]) -> None:
-        wanted = [*needed, *([] if self.args.no_plot else ["matplotlib"])]
-        missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-        if missing:
-            raise SystemExit(
-                f"{' and '.join(missing)} not found: pip install '.[bench,trl]' in the repository"
-                + (", or pass --no-plot" if missing == ["matplotlib"] else "")
-            )
 
     def collect(self, candidates: Iterable[P]) -> list[P]:
         """Return those that can run; the others go to `not_run`."""
@@ -183,6 +174,16 @@ class Run:
                 draw(path, rows, self.machine)
                 print(f"plot: {path}")
         return 0
+
+
+def require(*packages: str) -> None:
+    """Exit where one is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"{' and '.join(missing)} not found: pip install '.[bench,trl]' in the repository"
+            + (", or pass --no-plot" if missing == ["matplotlib"] else "")
+        )
 
 
 def version(package: str) -> str:

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.common import measure
 from benchmarks.common.report import BACKWARD as BOTH
@@ -52,6 +51,8 @@ def rows(
     peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype, quick: bool
 ) -> tuple[Figures, float]:
     """Return a row for each time, and the speed of a copy in GB/s, read and written."""
+    from tqdm import tqdm
+
     copy = measure.copy_gb_per_s(DEVICE, numel=COPY_NUMEL, min_run_s=0.5)
     # Logits, their copy, gradient and its slice, and room to spare.
     most = measure.free_bytes(DEVICE) // (8 * vocab_size * dtype.itemsize)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import COLOURS, FORWARD, Figures, aligned, drawing, optional
+from benchmarks.common.report import COLOURS, FORWARD, Figures, aligned, drawing
 from benchmarks.kernel.counts import BACKWARD, PASSES
 from gpu_lab import model
 
@@ -62,17 +62,12 @@ COUNTED = {
 
 def instruction_table(rows: Figures) -> str:
     lines = [["implementation", "pass", "target", "PTX/logit", "SASS/logit", *COUNTED]]
-    read = Figures(row for row in rows if row.quantity == "registers")
-    for where in read:
-        key = dict(impl=where.impl, passes=where.passes, where=where.where)
-
-        def cell(quantity: str, form: str, key: dict[str, str] = key) -> str:
-            return optional(form, rows.value(quantity, **key), "")
-
-        shortest, hot, whole = (cell(name, "{:.2f}") for name in SASS.values())
+    for read in rows.select("registers"):
+        key = dict(impl=read.impl, passes=read.passes, where=read.where)
+        shortest, hot, whole = (rows.written(name, "{:.2f}", **key) for name in SASS.values())
         lines.append(
-            [*key.values(), cell(PTX, "{:.2f}"), f"{shortest} ({hot} - {whole})"]
-            + [cell(quantity, form) for quantity, form in COUNTED.values()]
+            [*key.values(), rows.written(PTX, "{:.2f}", **key), f"{shortest} ({hot} - {whole})"]
+            + [rows.written(quantity, form, **key) for quantity, form in COUNTED.values()]
         )
     return aligned([lines[0], *sorted(lines[1:], key=_in_tables)], 3)
 
@@ -136,7 +131,7 @@ def next_resource(rows: Figures, **where: str) -> tuple[str, float]:
 HATCHES = ("", "//", "..", "xx")
 
 
-def plot(path: Path, rows: Figures, case: str, title: str) -> None:
+def plot(path: Path, rows: Figures, machine: str, *, case: str, title: str) -> None:
     """Draw instructions per logit by target, and the modelled time by device over its floor."""
     impls = rows.column("impl")
     counted = rows.select(PTX)
@@ -146,7 +141,7 @@ def plot(path: Path, rows: Figures, case: str, title: str) -> None:
     def of_both(quantity: str, **key: str) -> float:
         return sum(rows.value(quantity, passes=p, case=case, **key) or 0.0 for p in PASSES)
 
-    with drawing(path, title, num_axes=2, figsize=(13, 5.2)) as (_, axes):
+    with drawing(path, title, num_axes=2, figsize=(13, 5.2)) as axes:
         width = 0.8 / len(impls)
         for i, impl in enumerate(impls):
             style: dict[str, Any] = dict(
@@ -176,4 +171,3 @@ def plot(path: Path, rows: Figures, case: str, title: str) -> None:
             axis.grid(axis="y", alpha=0.3)
             axis.set_axisbelow(True)
             axis.margins(y=0.2)
-            axis.legend(ncols=len(impls) + 1, fontsize=9, loc="upper center")

@@ -10,6 +10,8 @@ pytest.importorskip("tqdm")
 
 import dpo_triton
 from benchmarks import bench_kernels, tune_kernels
+from benchmarks.common.command import Run
+from benchmarks.common.operators import Operators
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import Figure, Figures, aligned
 from benchmarks.kernel import counts, measure, peers, whole
@@ -124,17 +126,17 @@ def test_a_peer_that_fails_is_said(monkeypatch, capsys, tmp_path):
 def test_torch_traffic_is_that_of_the_operators():
     logits = torch.zeros(2, 4, V, dtype=torch.bfloat16, requires_grad=True)
     whole, part = 2 * 4 * V * 2, 2 * 3 * V * 2
-    with counts.TorchTraffic(V) as traffic:
+    with Operators() as operators:
         result = logits[:, :-1]  # a view
-    assert (traffic.loaded, traffic.stored) == (0, 0)
-    with counts.TorchTraffic(V) as traffic:
+    assert counts.torch_traffic(operators.started, V) == (0, 0)
+    with Operators() as operators:
         torch.autograd.grad(result, logits, torch.ones_like(result))
     ones = part  # torch.ones_like
-    assert (traffic.loaded, traffic.stored - ones) == (part, whole + part)
-    with counts.TorchTraffic(V) as traffic:
+    assert counts.torch_traffic(operators.started, V) == (part, ones + whole + part)
+    with Operators() as operators:
         result.detach().reshape(-1, V)  # a copy
         torch.zeros(V - 1).clone()  # too small to count
-    assert (traffic.loaded, traffic.stored) == (part, part)
+    assert counts.torch_traffic(operators.started, V) == (part, part)
 
 
 def test_shared_reads_count_once():
@@ -235,7 +237,12 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
 
 
 def test_a_partial_run_gets_a_name_that_git_ignores():
-    for arguments, suffix in (([], ""), (["--vocab", "128"], ".local"), (["--quick"], ".local")):
-        args = bench_kernels.parse_args(arguments)
-        assert bench_kernels.output_paths(args, "a")[0].name == f"a{suffix}.csv"
+    for arguments, suffix in (
+        ([], ""),
+        (["--seed", "3", "--output", "there"], ""),
+        (["--vocab", "128"], ".local"),
+        (["--quick"], ".local"),
+    ):
+        run = Run("bench_kernels", bench_kernels.parse_args, ["--no-plot", *arguments])
+        assert run.paths("a")[0].name == f"a{suffix}.csv"
     assert aligned([("a", "b"), ("aa", "bb")], 1) == "a    b\naa  bb"
