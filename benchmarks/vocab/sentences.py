@@ -7,7 +7,7 @@ from benchmarks.common.peers import OURS
 from benchmarks.common.report import BACKWARD, FORWARD
 from benchmarks.vocab.rows import Row
 
-PASSES = {FORWARD: "Forward", BACKWARD: "Forward and backward"}
+PASSES = {FORWARD: "forward", BACKWARD: "forward and backward"}
 CLOSE = 1.05  # ratios of times below that are no difference
 
 
@@ -51,11 +51,11 @@ def _fastest(rows: Sequence[Row], main: Row) -> str:
     parts = []
     for passes, name in PASSES.items():
         first, *others = sorted((r for r in rows if r.passes == passes), key=lambda row: row.ms)
-        text = f"{name}, {first.impl} is fastest with {first.ms:.3g} ms"
-        if others:
-            text += f", {others[0].ms / first.ms:.2f} times as fast as {others[0].impl}"
-        parts.append(text)
-    return f"Of {_where(main)}: {'. '.join(parts)}."
+        beside = [f"{row.ms / first.ms:.2f} times as fast as {row.impl}" for row in others[:1]]
+        parts.append(
+            f"{first.impl} is fastest {name} ({', '.join([f'{first.ms:.3g} ms', *beside])})"
+        )
+    return f"Of {_where(main)}, {' and '.join(parts)}."
 
 
 def _losses(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -75,7 +75,7 @@ def _lost(lost: Sequence[tuple[Row, Row]], num_cases: int) -> str:
     ours, fastest = lost[0]
     return (
         f"{OURS} loses in {len(lost)} of {num_cases} cases, by most to {fastest.impl}: "
-        f"{ours.ms / fastest.ms:.2f} times its time {ours.passes} of {_where(ours)}."
+        f"{ours.ms / fastest.ms:.2f} times its time, {PASSES[ours.passes]}, of {_where(ours)}."
     )
 
 
@@ -106,14 +106,12 @@ def _error(rows: Sequence[Row]) -> str:
 def _advice(lost: Sequence[tuple[Row, Row]]) -> str:
     if not lost:
         return f"Nothing here speaks for anything but {OURS}."
-    by_impl: dict[tuple[str, str], list[Row]] = {}
+    sizes: dict[tuple[str, str], list[int]] = {}
     for ours, fastest in lost:
-        by_impl.setdefault((fastest.impl, ours.passes), []).append(ours)
-    (impl, passes), cases = max(by_impl.items(), key=lambda item: len(item[1]))
-    sizes = sorted({row.num_logits for row in cases})
-    span = f"{sizes[0]:,} logits" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} logits"
-    scored = min(row.scored_share for row in cases)
-    return (
-        f"Take {impl} where time {passes} is all that counts and its {len(cases)} cases are yours "
-        f"(calls of {span}, {scored:.0%} or more scored), else {OURS}."
-    )
+        sizes.setdefault((fastest.impl, PASSES[ours.passes]), []).append(ours.num_logits)
+    ways = []
+    for (impl, passes), numbers in sizes.items():
+        span = " to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
+        cases = f"{len(numbers)} case{'s' * (len(numbers) > 1)}"
+        ways.append(f"{impl} {passes} in {cases} of {span} logits")
+    return f"Where time alone counts, take {', '.join(ways)}; {OURS} in all others."
