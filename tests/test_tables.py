@@ -56,4 +56,4 @@ def test_sizes_and_settings_have_lines_of_their_own():
     line = "| 8 x 16 x 64 | float32 | {} | 0.500 | 0.50x | 4.00x | 0.500 | 0.50x | 4.00x | 3 | 3 |"
     assert line.format("2") in text
     assert line.format("2, one core busy") in text
-    assert "0.50x (float32, 8 x 16 x 64, threads: 2, forward) over log_softmax" in text
+    assert "0.50x (float32, 8 x 16 x 64, threads: 2, forward" in text
