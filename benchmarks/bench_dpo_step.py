@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,29 +57,27 @@ def main(argv: list[str] | None = None) -> int:
                 policy.zero_grad(set_to_none=True)
                 return clock.step(one, batch)
 
-            errors, peaks, losses = {}, {}, {}
+            found: dict[str, dict[str, Any]] = {}
             grads: dict[str, Tensor] = {}
             for one in runnable:
                 with torch.no_grad():
-                    errors[one.name] = float((one.sums(policy, batch) - exact).abs().max())
+                    error = float((one.sums(policy, batch) - exact).abs().max())
                 held: list[float] = []
-                peaks[one.name] = measure.peak_mib(
+                peak = measure.peak_mib(
                     lambda one=one, held=held: held.append(step(one)), run.device
                 )
-                losses[one.name] = held[0]
+                found[one.name] = dict(loss=held[0], peak_mib=peak, value_error=error)
                 grads[one.name] = policy.get_output_embeddings().weight.grad
-            wrong = complaints({name: errors[name] for name in errors if OURS in name}, grads)
+            errors = {name: row["value_error"] for name, row in found.items() if OURS in name}
+            wrong = complaints(errors, grads)
             if wrong:
                 return run.refuse(wrong)
             grads.clear()
-            samples: dict[str, list[Parts]] = {one.name: [] for one in runnable}
+            samples: dict[str, list[Parts]] = {name: [] for name in found}
             for one in measure.turns(runnable, args.rounds):
                 step(one)
                 samples[one.name].append(clock.parts())
-    measured = [
-        rows.to_row(name, batch, parts, losses[name], peaks[name], errors[name])
-        for name, parts in samples.items()
-    ]
+    measured = [rows.to_row(batch, samples[name], impl=name, **row) for name, row in found.items()]
     first = measured[0]
     print(f"\n{first.tokens} tokens, {first.scored} of them scored")
     print(report.table(measured))

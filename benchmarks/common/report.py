@@ -143,7 +143,7 @@ def draw_lines(
     axes: Iterable[Any],
     panels: Mapping[str, Mapping[str, Line]],
     label: str,
-    ticks: Mapping[int, str],
+    ticks: Mapping[float, str],
     **tick_options: Any,
 ) -> None:
     """Draw lines over logarithmic axes; points at or below 0 are left out.

@@ -1,9 +1,10 @@
 """What was measured of a step, as rows: their goal and their plot."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,38 +54,26 @@ ms: medians, of the parts too. peak MiB: above the weights, with the gradients. 
   sequence's sum against float64 from the same hidden states, in nats."""
 
 
-def to_row(
-    name: str,
-    batch: Batch,
-    samples: list[Parts],
-    loss: float,
-    peak_mib: float | None,
-    value_error: float,
-) -> Row:
-    totals = [1e3 * parts.total for parts in samples]
+def to_row(batch: Batch, samples: list[Parts], **measured: Any) -> Row:
+    """Medians of the parts, beside what else was measured."""
+    totals = [sum(parts.values()) for parts in samples]
     p20, p80 = np.quantile(totals, [0.2, 0.8]).tolist()
-
-    def median(of: Callable[[Parts], float]) -> float:
-        return statistics.median(map(of, samples))
-
+    shares = [
+        (parts["head_ms"] + parts["head_backward_ms"]) / total
+        for parts, total in zip(samples, totals, strict=True)
+    ]
     return Row(
-        impl=name,
         pairs=NUM_PAIRS,
         seq_len=batch.input_ids.shape[1],
         tokens=int(batch.attention_mask.sum()),
         scored=int(batch.scored.sum()),
-        loss=loss,
         ms=statistics.median(totals),
         ms_p20=p20,
         ms_p80=p80,
         samples=len(samples),
-        backbones_ms=1e3 * median(lambda p: p.backbones),
-        head_ms=1e3 * median(lambda p: p.head),
-        head_backward_ms=1e3 * median(lambda p: p.head_backward),
-        backbone_backward_ms=1e3 * median(lambda p: p.backbone_backward),
-        head_share=median(lambda p: (p.head + p.head_backward) / p.total),
-        peak_mib=peak_mib,
-        value_error=value_error,
+        head_share=statistics.median(shares),
+        **{name: statistics.median(parts[name] for parts in samples) for name in PARTS},
+        **measured,
     )
 
 

@@ -8,7 +8,7 @@ from benchmarks.common import goals
 from benchmarks.common.cases import HEADS, CaseRow
 from benchmarks.common.goals import Goal
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, MARKERS, drawing, shown
+from benchmarks.common.report import BACKWARD, Line, draw_lines, drawing, shown
 from benchmarks.head.peers import FORMULA, FORMULA_SCORED, TRL
 
 TRAINED, FROZEN = HEADS[True], HEADS[False]
@@ -100,41 +100,33 @@ def _memory(rows: list[Row]) -> Iterator[Goal]:
             yield goals.at_most(what, PEAK_MIB, row.peak_mib, "{:.1f} MiB")
 
 
+TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]  # seconds
+
+
 def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
-    """Draw peak memory against time of forward + backward of a trained head, a panel a share.
+    """Draw peak memory against time of forward + backward, a panel a share, a line a peer.
 
     Of the models and dtypes that were measured it shows the first.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     first = rows[0]
     case = (first.model, first.dtype, BACKWARD)
-    shown = [row for row in rows if (row.model, row.dtype, row.passes) == case and row.peak_mib]
-    shares = sorted({row.scored_share for row in shown})
+    drawn = [row for row in rows if (row.model, row.dtype, row.passes) == case and row.peak_mib]
     impls = list(dict.fromkeys(row.impl for row in rows))
+
+    def line(impl: str, share: float) -> Line:
+        mine = [row for row in drawn if (row.impl, row.scored_share) == (impl, share)]
+        return [(row.ms / 1e3, max(1.0, row.peak_mib or 0.0)) for row in mine]
+
+    shares = sorted({row.scored_share for row in drawn}) or [1.0]
+    unit = "peak above inputs and gradients, MiB; {:.0%} scored"
+    panels = {unit.format(share): {impl: line(impl, share) for impl in impls} for share in shares}
+    seconds = [x for lines in panels.values() for points in lines.values() for x, _ in points]
+    ticks = [t for t in TICKS if min(seconds, default=1) / 2 <= t <= 2 * max(seconds, default=1)]
     title = (
         f"{first.model}: {first.batch * first.seq_len} tokens, H = {first.hidden_size}, "
-        f"V = {first.vocab_size}, {first.dtype}, forward + backward; open markers: frozen head\n"
-        f"{machine}"
+        f"V = {first.vocab_size}, {first.dtype}, forward + backward; a line ends at a frozen head "
+        f"and at one that trains, which takes longer\n{machine}"
     )
-    panels = dict(num_axes=max(1, len(shares)), figsize=(14, 5.5), sharex=True, sharey=True)
-    with drawing(path, title, **panels) as axes:
-        for axis, share in zip(axes, shares, strict=False):
-            for row in shown:
-                if row.scored_share == share:
-                    i, is_filled = impls.index(row.impl), row.head == TRAINED
-                    axis.plot(
-                        row.ms / 1e3,
-                        max(1.0, row.peak_mib or 0.0),
-                        MARKERS[i % len(MARKERS)],
-                        color=f"C{i}",
-                        fillstyle="full" if is_filled else "none",
-                        markersize=9,
-                        label=row.impl if is_filled else None,
-                    )
-            axis.set(xscale="log", yscale="log", xlabel="seconds", title=f"{share:.0%} scored")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.grid(alpha=0.3, which="both")
-        axes[0].set_ylabel("peak memory above inputs and gradients, MiB")
+    options = dict(num_axes=len(shares), figsize=(14, 5.5), sharex=True, sharey=True)
+    with drawing(path, title, **options) as axes:
+        draw_lines(axes, panels, "seconds", {tick: f"{tick:g}" for tick in ticks})

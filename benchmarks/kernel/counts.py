@@ -5,7 +5,7 @@ implementations compute the gradient in the forward.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,10 @@ from benchmarks.common.operators import Operator, Operators
 from benchmarks.common.report import FORWARD
 from benchmarks.kernel.peers import KernelPeer, sliced
 from gpu_lab.codegen import Codegen, inspect_kernel
+from gpu_lab.devices import Device
 from gpu_lab.driver import Kernel, Launch, emulate
 from gpu_lab.machine import WARP, Counts
+from gpu_lab.model import Modelled, modelled_time
 
 BACKWARD = "backward"  # alone
 PASSES = (FORWARD, BACKWARD)
@@ -158,24 +160,32 @@ def executed(counts: Counts, kind: str) -> int:
     return sum(n for opcode, n in counts.instructions.items() if opcode.split(".")[0] == kind)
 
 
-def per_token_instructions(peer: KernelPeer, target: str, vocab_size: int) -> float:
-    """PTX instructions a token of the kernels that work per token, on a sequence of TOKENS tokens.
-
-    They take many tokens at a time: the few of the other counts would leave most lanes idle. What
-    streams does not run: it says that everything is scored, and its sums are 1.
-    """
-    logits = torch.zeros(1, 1, vocab_size, dtype=torch.bfloat16).expand(1, TOKENS, vocab_size)
+def short_kernels(logits: Tensor, mask: Tensor) -> Callable[[Launch], bool]:
+    """What `emulate` runs where kernels that stream do not run: in their place each says that what
+    the mask (B, T) says is scored, and that its sums are 1."""
 
     def runs(launch: Launch) -> bool:
         if not is_streaming(launch, logits):
             return True
         for x in launch.arguments.values():
-            if isinstance(x, Tensor) and x.is_floating_point() and x.numel() < logits.numel():
-                x.fill_(1.0)
+            is_output = isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous()
+            if is_output and 2 * x.numel() < logits.numel():
+                x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
         return False
 
+    return runs
+
+
+def per_token_instructions(peer: KernelPeer, target: str, vocab_size: int) -> float:
+    """PTX instructions a token of the kernels that work per token, on a sequence of TOKENS tokens.
+
+    They take many tokens at a time: the few of the other counts would leave most lanes idle.
+    """
+    logits = torch.zeros(1, 1, vocab_size, dtype=torch.bfloat16).expand(1, TOKENS, vocab_size)
+    labels = torch.zeros(1, TOKENS, dtype=torch.int64)
+    runs = short_kernels(logits, torch.ones_like(labels))
     with emulate(target, runs=runs) as lab, torch.no_grad(), peer.on_target(target):
-        peer.fn(logits, torch.zeros(1, TOKENS, dtype=torch.int64), None, False)
+        peer.fn(logits, labels, None, False)
     return WARP * sum(c.instructions.total() for c in lab.launches) / TOKENS
 
 
@@ -192,9 +202,17 @@ class Loop(NamedTuple):
         code = self.codegen.of_shortest_way() if way == "shortest" else self.codegen
         return code.instructions_per_logit(self.logits_per_iteration, hot=way == "hot")
 
-    def pipe_cycles(self) -> dict[str, float]:
-        """Cycles of a sub-partition for 32 logits, of the shortest way round, by pipe."""
-        return self.codegen.of_shortest_way().pipe_cycles(self.logits_per_iteration)
+    def time(self, device: Device, num_bytes: float, num_logits: float) -> Modelled:
+        """On a GPU, of so many scored logits and bytes moved."""
+        return modelled_time(
+            device,
+            num_bytes=num_bytes,
+            num_logits=num_logits,
+            instructions_per_logit=self.instructions("shortest"),
+            pipe_cycles_per_32_logits=self.codegen.of_shortest_way().pipe_cycles(
+                self.logits_per_iteration
+            ),
+        )
 
     def exp2(self) -> float:
         return self.codegen.of_shortest_way().exp2_per_logit(self.logits_per_iteration)

@@ -6,7 +6,6 @@ from benchmarks.common.report import FORWARD, Figure
 from benchmarks.kernel.counts import BACKWARD, PASSES, Case, Inputs, Loop, Work
 from benchmarks.kernel.rows import BINDING, FLOOR, MEMORY, PTX, SASS, TIME
 from gpu_lab.devices import DEVICES, Device
-from gpu_lab.model import modelled_time
 
 ROWS = 8192  # of logits, in a modelled time
 
@@ -86,13 +85,7 @@ def modelled_rows(
                 continue
             scale = num_logits / inputs.logits.numel()
             done = work[passes]
-            kernel = modelled_time(
-                device,
-                num_bytes=scale * (done.loaded + done.stored),
-                num_logits=num_logits * share,
-                instructions_per_logit=loop.instructions("shortest"),
-                pipe_cycles_per_32_logits=loop.pipe_cycles(),
-            )
+            kernel = loop.time(device, scale * (done.loaded + done.stored), num_logits * share)
             by_torch = memory_seconds(device, scale * (done.torch_loaded + done.torch_stored))
             times = {
                 TIME: kernel.seconds + by_torch,

@@ -15,12 +15,12 @@ from torch import Tensor
 from benchmarks.common.operators import Operators
 from benchmarks.common.report import BACKWARD as BOTH
 from benchmarks.common.report import FORWARD, Figure, Figures, aligned
-from benchmarks.kernel.counts import BACKWARD, Inputs, Loop, Work, is_streaming
+from benchmarks.kernel.counts import BACKWARD, Inputs, Loop, Work, is_streaming, short_kernels
 from benchmarks.kernel.peers import KernelPeer
 from gpu_lab.codegen import inspect_kernel
 from gpu_lab.devices import Device
 from gpu_lab.driver import Launch, emulate
-from gpu_lab.model import DRAM_CYCLES, LAUNCH_SECONDS, launch_seconds, modelled_time, whole
+from gpu_lab.model import DRAM_CYCLES, LAUNCH_SECONDS, launch_seconds, whole
 
 
 class Shape(NamedTuple):
@@ -90,20 +90,10 @@ def _run(
     mask = torch.zeros_like(labels)
     mask[:, round(shape.seq_len * (1 - shape.share)) :] = 1
 
-    def runs(launch: Launch) -> bool:
-        """Short kernels; what streams only says which tokens are scored."""
-        if not is_streaming(launch, logits):
-            return True
-        for x in launch.arguments.values():
-            is_output = isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous()
-            if is_output and 2 * x.numel() < logits.numel():
-                x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
-        return False
-
     operators = Operators()
     with (
         peer.on_target(target),
-        emulate(target, runs=runs, follows_chains=True) as lab,
+        emulate(target, runs=short_kernels(logits, mask), follows_chains=True) as lab,
         torch.set_grad_enabled(has_backward),
         operators,
     ):
@@ -133,13 +123,7 @@ def seconds(
     scale = of_shape / num_logits
     speed = device.bytes_per_s * device.streaming_efficiency
     latency = LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz
-    kernel = modelled_time(
-        device,
-        num_bytes=scale * (work.loaded + work.stored),
-        num_logits=of_shape * shape.share,
-        instructions_per_logit=loop.instructions("shortest"),
-        pipe_cycles_per_32_logits=loop.pipe_cycles(),
-    )
+    kernel = loop.time(device, scale * (work.loaded + work.stored), of_shape * shape.share)
     by_torch = scale * (work.torch_loaded + work.torch_stored) / speed
     streaming = kernel.seconds + by_torch + latency * max(1, len(recorded.streaming))
     short = sum(

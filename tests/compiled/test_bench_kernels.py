@@ -9,7 +9,7 @@ from bench_programs import read_csv
 pytest.importorskip("tqdm")
 
 import dpo_triton
-from benchmarks import bench_kernels, tune_kernels
+from benchmarks import bench_kernels
 from benchmarks.common.command import Run
 from benchmarks.common.operators import Operators
 from benchmarks.common.peers import OURS
@@ -19,6 +19,7 @@ from benchmarks.kernel.peers import LIGER, TRL, KernelPeer
 from benchmarks.kernel.rows import FLOOR, MEMORY, PTX, TIME
 from gpu_lab.driver import emulate
 from gpu_lab.loops import Instruction, streaming_loop
+from tools import tune_kernels
 
 V = 4096
 TINY = ["--vocab", str(V), "--quick", "--no-plot"]

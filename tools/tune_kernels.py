@@ -1,4 +1,4 @@
-"""The search that chose the launch settings; `python benchmarks/tune_kernels.py --help`.
+"""The search that chose the launch settings; `python tools/tune_kernels.py --help`.
 
 Each kernel that walks the vocabulary is compiled with every tile and number of threads, and counted
 as in bench_kernels; on a GPU it is timed as well. Nothing is tuned at run time: the settings that
