@@ -6,7 +6,7 @@ over 1 to 64 GPUs are modelled.
 """
 
 import argparse
-import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from processes import run_processes
 
 from benchmarks.common import command
 from benchmarks.common.command import Run
-from benchmarks.common.report import Line, aligned, draw_lines, drawing
+from benchmarks.common.report import BACKWARD, Figure, Figures, Line, draw_lines, drawing
 from benchmarks.parallel import ways
 from benchmarks.parallel.model import GPUS_OF_A_MACHINE, Step, cost, seconds
 
@@ -29,16 +29,6 @@ GPUS = (1, 2, 4, 8, 16, 32, 64)
 NAMES = list(ways.WAYS)
 # Nats: products rounded to bfloat16 put logits of spread 3 off by up to 0.03 each.
 ALLOWED = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    impl: str
-    ranks: int
-    quantity: str
-    unit: str
-    value: float
-    how: str  # "measured", "counted" or "modelled"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         hidden_size=batch.hidden_size,
         modelled_step=Step(),
     )
-    rows: list[Row] = []
+    rows = Figures()
     wrong: list[str] = []
     for size in args.processes:
         ranks = run_processes(ways.measure, size, batch, NAMES)
@@ -68,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         return run.refuse(wrong, "nothing is reported")
     rows += modelled_rows()
-    print("\n" + table(rows, args.processes, MEASURED))
-    print(f"\nmodelled, not measured: {Step()}\n\n" + table(rows, GPUS, MODELLED))
+    print(f"\n{table(rows, args.processes, MEASURED)}")
+    print(f"\nmodelled, not measured: {Step()}\n\n{table(rows, GPUS, MODELLED)}")
     run.conclude("measured and counted on this machine; a time there says nothing of GPUs")
     return run.write("parallel", rows, {"": plot})
 
@@ -92,48 +82,47 @@ MODELLED = (
 )
 
 
-def measured_rows(name: str, size: int, of_ranks: list[dict[str, float]]) -> Iterator[Row]:
+def figure(impl: str, ranks: int, quantity: str, unit: str, value: float, how: str) -> Figure:
+    return Figure(impl, BACKWARD, str(ranks), "", quantity, unit, value, how)
+
+
+def measured_rows(name: str, size: int, of_ranks: list[dict[str, float]]) -> Iterator[Figure]:
     def largest(key: str) -> float:
         return float(max(rank[key] for rank in of_ranks))
 
     num_scored = largest("num_scored")
     error, forward, backward, calls = MEASURED
-    yield Row(name, size, error, "nats", largest("error"), "measured")
-    yield Row(name, size, forward, "bytes", largest("forward") / num_scored, "counted")
-    yield Row(name, size, backward, "bytes", largest("backward") / num_scored, "counted")
-    yield Row(name, size, calls, "", largest("calls"), "counted")
+    yield figure(name, size, error, "nats", largest("error"), "measured")
+    yield figure(name, size, forward, "bytes", largest("forward") / num_scored, "counted")
+    yield figure(name, size, backward, "bytes", largest("backward") / num_scored, "counted")
+    yield figure(name, size, calls, "", largest("calls"), "counted")
 
 
-def modelled_rows() -> Iterator[Row]:
+def modelled_rows() -> Iterator[Figure]:
     step = Step()
-    for name in NAMES:
-        for gpus in GPUS:
-            one = cost(name, step, gpus)
-            times = seconds(one, gpus)
-            values = {
-                "time": (sum(times.values()) * 1e3, "ms"),
-                **{f"time of {part}": (each * 1e3, "ms") for part, each in times.items()},
-                "peak memory": (one.memory_bytes / 2**20, "MiB"),
-                "bytes that leave a GPU, forward": (one.forward_bytes / 2**20, "MiB"),
-                "bytes that leave a GPU, backward": (one.backward_bytes / 2**20, "MiB"),
-                "products": (one.flops / 1e12, "TFLOP"),
-            }
-            for quantity, (value, unit) in values.items():
-                yield Row(name, gpus, quantity, unit, value, "modelled")
+    for name, gpus in itertools.product(NAMES, GPUS):
+        one = cost(name, step, gpus)
+        times = seconds(one, gpus)
+        values = {
+            "time": (sum(times.values()) * 1e3, "ms"),
+            **{f"time of {part}": (each * 1e3, "ms") for part, each in times.items()},
+            "peak memory": (one.memory_bytes / 2**20, "MiB"),
+            "bytes that leave a GPU, forward": (one.forward_bytes / 2**20, "MiB"),
+            "bytes that leave a GPU, backward": (one.backward_bytes / 2**20, "MiB"),
+            "products": (one.flops / 1e12, "TFLOP"),
+        }
+        for quantity, (value, unit) in values.items():
+            yield figure(name, gpus, quantity, unit, value, "modelled")
 
 
-def table(rows: list[Row], ranks: Sequence[int], quantities: Sequence[str]) -> str:
+def table(rows: Figures, ranks: Sequence[int], quantities: Sequence[str]) -> str:
     """A line an implementation and quantity, a column a number of ranks."""
-    lines = [["", "", "", *map(str, ranks)]]
-    for quantity in quantities:
-        for name in NAMES:
-            mine = {r.ranks: r for r in rows if (r.impl, r.quantity) == (name, quantity)}
-            cells = [f"{mine[n].value:.3g}" for n in ranks]
-            lines.append([quantity, name, mine[ranks[0]].unit, *cells])
-    return aligned(lines, 3)
+    cells = {str(n): ("{:.3g}", dict(where=str(n))) for n in ranks}
+    some = Figures(row for row in rows if row.quantity in quantities)
+    return some.pivot({"quantity": "quantity", "way": "impl", "unit": "unit"}, cells)
 
 
-def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
+def plot(path: Path, rows: Figures, machine: str) -> None:
     """Draw modelled time, memory and sent bytes over the number of GPUs."""
     step = Step()
     title = (
@@ -148,8 +137,8 @@ def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     }
 
     def line(name: str, quantities: Sequence[str]) -> Line:
-        mine = [r for r in rows if r.impl == name and r.quantity in quantities]
-        return [(n, sum(r.value for r in mine if r.ranks == n)) for n in GPUS]
+        values = {n: [rows.value(q, impl=name, where=str(n)) for q in quantities] for n in GPUS}
+        return [(n, sum(some)) for n, some in values.items()]
 
     panels = {unit: {name: line(name, of) for name in NAMES} for unit, of in units.items()}
     with drawing(path, title, num_axes=3, figsize=(15, 5)) as axes:

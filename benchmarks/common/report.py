@@ -76,11 +76,6 @@ class Figures(list[Figure]):
         """Return the value of the first figure that fits, or None."""
         return next((f.value for f in self.select(quantity, **where)), None)
 
-    def written(self, quantity: str, form: str, **where: str) -> str:
-        """Return the value by its form, or nothing where there is none."""
-        value = self.value(quantity, **where)
-        return "" if value is None else form.format(value)
-
     def select(self, quantity: str, **where: str) -> "Figures":
         return Figures(
             f
@@ -91,6 +86,30 @@ class Figures(list[Figure]):
     def column(self, name: str) -> list[str]:
         """Return what a column holds, each value once."""
         return list(dict.fromkeys(getattr(figure, name) for figure in self))
+
+    def pivot(self, headings: Mapping[str, str], columns: Mapping[str, "Cell"]) -> str:
+        """Return a table: a line for all figures that share what stands to the left.
+
+        Args:
+            headings: what stands there -> the field of a figure; lines are in its order of values.
+            columns: heading -> which figure of a line, and how it is written; else nothing is.
+        """
+        lines: dict[tuple[str, ...], list[str]] = {}
+        for i, (form, where) in enumerate(columns.values()):
+            for f in self:
+                if all(getattr(f, k) == v for k, v in where.items()):
+                    key = tuple(getattr(f, name) for name in headings.values())
+                    cells = lines.setdefault(key, [""] * len(columns))
+                    cells[i] = cells[i] or form.format(f.value)
+        order = [self.column(name).index for name in headings.values()]
+        keys = sorted(
+            lines, key=lambda key: [at(cell) for at, cell in zip(order, key, strict=True)]
+        )
+        body = [[*key, *lines[key]] for key in keys]
+        return aligned([[*headings, *columns], *body], len(headings))
+
+
+Cell = tuple[str, dict[str, str]]  # a form, and the fields of a figure
 
 
 def file_stem(machine: str) -> str:

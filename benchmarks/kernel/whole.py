@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.common.operators import Operators
 from benchmarks.common.report import BACKWARD as BOTH
-from benchmarks.common.report import FORWARD, Figure, Figures, aligned
+from benchmarks.common.report import FORWARD, Figure, Figures
 from benchmarks.kernel.counts import BACKWARD, Inputs, Loop, Work, is_streaming, short_kernels
 from benchmarks.kernel.peers import KernelPeer
 from gpu_lab.codegen import inspect_kernel
@@ -49,9 +48,8 @@ WHOLE = "modelled whole time"
 NOTES = f"""\
 modelled: nothing here was measured. us of a call: whole = streaming + short kernels + PyTorch's
   operators, each launch {1e6 * LAUNCH_SECONDS:.1f} us. short: kernels per token, with their blocks,
-  float64 and chains of dependent instructions; in brackets their share of the streaming time. A
-  card that waits for the host takes the host's time instead: see bench_host. fastest: forward +
-  backward. A peer that is not installed is left out."""
+  float64 and chains of dependent instructions. A card that waits for the host takes the host's time
+  instead: see bench_host. A peer that is not installed is left out."""
 
 
 class Recorded(NamedTuple):
@@ -160,6 +158,7 @@ def whole_rows(
     """
     result = Figures()
     dtype, num_logits = inputs.logits.dtype, inputs.logits.numel()
+    both: dict[str, float] = {}
     for passes, recorded in record(peer, shape, dtype, target).items():
         for device in devices:
             loop = loops.get((device.target, passes))
@@ -167,34 +166,24 @@ def whole_rows(
                 continue
             parts = seconds(device, shape, recorded, work[passes], num_logits, loop)
             parts[WHOLE] = sum(parts.values())
+            both[device.name] = both.get(device.name, 0.0) + parts[WHOLE]
             for name, each in parts.items():
                 place = (peer.name, passes, device.name, str(shape))
                 result.append(Figure(*place, name, "us", 1e6 * each, "modelled"))
+    for name, each in both.items():
+        place = (peer.name, BOTH, name, str(shape))
+        result.append(Figure(*place, WHOLE, "us", 1e6 * each, "modelled"))
     return result
 
 
 def table(rows: Figures) -> str:
     """A line a shape, device and implementation: forward by part, and forward + backward."""
-    lines = [
-        ["case", "GPU", "implementation", "forward us", "streaming", "short", "operators"]
-        + [f"{BOTH} us", ""]
-    ]
-    wholes = rows.select(WHOLE)
-    for case in wholes.column("case"):
-        for device in wholes.column("where"):
-            key = dict(case=case, where=device)
-            both = {
-                f.impl: sum(
-                    x.value for x in wholes if (x.impl, x.case, x.where) == (f.impl, case, device)
-                )
-                for f in wholes.select(WHOLE, passes=FORWARD, **key)
-            }
-            for impl, total in both.items():
-                one = dict(key, impl=impl, passes=FORWARD)
-                streaming, short, operators = (rows.value(part, **one) for part in PARTS)
-                lines.append(
-                    [case, device, impl, f"{rows.value(WHOLE, **one):.1f}", f"{streaming:.1f}"]
-                    + [f"{short:.1f} ({short / streaming:.0%})", f"{operators:.1f}"]
-                    + [f"{total:.1f}", "fastest" if total == min(both.values()) else ""]
-                )
-    return aligned(lines, 3)
+    forward = {
+        name: ("{:.1f}", dict(quantity=quantity, passes=FORWARD))
+        for name, quantity in zip(
+            ("forward us", "streaming", "short", "operators"), (WHOLE, *PARTS), strict=True
+        )
+    }
+    both = ("{:.1f}", dict(quantity=WHOLE, passes=BOTH))
+    headings = {"case": "case", "GPU": "where", "implementation": "impl"}
+    return rows.pivot(headings, {**forward, f"{BOTH} us": both})

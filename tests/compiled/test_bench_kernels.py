@@ -198,7 +198,7 @@ def test_measured_rows():
         assert rows.value(measure.COPY_SHARE, passes=passes) == pytest.approx(speed / 20)
     table = measure.table(rows)
     assert len(table.splitlines()) == 4
-    assert "0.003  0.002 - 0.005" in table
+    assert "0.003  0.002  0.005" in table
     overwriting = KernelPeer(LIGER, "", lambda: print, overwrites_logits=True)
     assert measure.timed(overwriting, inputs, "backward") is None
 
