@@ -16,7 +16,8 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import Case, check_batches, complaints, measure_all
+from benchmarks.common.cases import Case, measure_all
+from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
 from benchmarks.common.peers import OURS, Peer, Place
 from benchmarks.common.report import BACKWARD, FORWARD

@@ -7,7 +7,7 @@ import torch
 from bench_programs import quick_peaks, quiet_machine, read_csv  # noqa: F401  (fixtures)
 
 import dpo_triton
-from benchmarks import bench_linear
+from benchmarks import bench_dpo_step, bench_linear, bench_parallel, bench_vocab
 from benchmarks.common import command, measure, peers
 from benchmarks.common.cases import Case, measure_case
 from benchmarks.common.peers import Peer
@@ -199,3 +199,23 @@ def test_on_a_gpu_it_measures_larger_heads_in_bfloat16(monkeypatch, capsys):
     fits = [shape.name for shape, _, _ in plan if bench_linear.has_room(shape, device)]
     assert fits == ["H896-1k", "H896-8k", "H896-64k", "H4096-1k", "H4096-8k"]
     assert "left out: H4096-64k needs 27 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [bench_vocab, bench_linear, bench_dpo_step, bench_parallel])
+def test_help(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.parse_args(["--help"])
+    assert "--no-plot" in capsys.readouterr().out
+
+
+def test_what_no_benchmark_can_do_is_refused(capsys):
+    for program, options, said in (
+        (bench_linear, ["--device", "mps"], "--device must be a cpu or cuda device, got mps"),
+        (bench_linear, ["--share", "0"], "--share must be in (0, 1]"),
+        (bench_vocab, ["--vocab", "6400", "1"], "--vocab must be 2 or more, got [6400, 1]"),
+        (bench_vocab, ["--sizes", "8x64"], "--sizes must be BxTxV"),
+        (bench_dpo_step, ["--seq-len", "1"], "--seq-len must be 2 or more, got 1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            program.parse_args(options)
+        assert said in capsys.readouterr().err

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common.accuracy import CHECK_SHAPE
 from benchmarks.common.cases import DEVIATION, HEADS, Batch, Call, Case
+from benchmarks.common.check import CHECK_SHAPE
 from benchmarks.common.report import BACKWARD
 from benchmarks.head.peers import FORMULA, FORMULA_SCORED, simpo
 from benchmarks.head.rows import Row

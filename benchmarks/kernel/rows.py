@@ -34,9 +34,9 @@ Over all logits, scored or not; what threads that run together read at one addre
 scored: the last rows of each sequence. shift: the next token is scored: dpo_triton takes
   shift=True, the peers logits[:, :-1].
   A slice lacks a row of each sequence, so slice_backward's 6 bytes are a little less here.
-PyTorch: of both passes; derived, not counted: what PyTorch's own operators on logits or gradients
-  read and write (slice_backward: zeros for the whole gradient and a copy into them; copies to make
-  a slice contiguous; Liger's multiplication by the upstream gradient)."""
+PyTorch: derived, not counted: what PyTorch's own operators on logits or gradients read and write
+  (slice_backward: zeros for the whole gradient and a copy into them; copies to make a slice
+  contiguous; Liger's multiplication by the upstream gradient)."""
 MODEL_NOTES = """\
 modelled: nothing here was measured. The largest of bytes over 90 % of the memory's speed, SASS
   issue slots and pipe cycles; PyTorch's own operators after that, by their bytes. Launches, latency
@@ -81,14 +81,11 @@ def bytes_table(rows: Figures) -> str:
 
 
 def model_table(rows: Figures) -> str:
-    """Return for each device ms, how often the floor's time, and the kernel's binding resource."""
-    forms = {"ms": (TIME, "{:.3f}"), "of floor": (OF_FLOOR, "{:.2f}x"), "binds": (BINDING, "{}")}
-    cells = {
-        f"{device}: {name}": (form, dict(quantity=quantity, where=device))
-        for device in rows.select(TIME).column("where")
-        for name, (quantity, form) in forms.items()
-    }
-    return rows.pivot({"scored": "case", "pass": "passes", "implementation": "impl"}, cells)
+    """Return ms, how often the floor's time, and the resource that binds the kernel."""
+    columns = {"ms": (TIME, "{:.3f}"), "of floor": (OF_FLOOR, "{:.2f}x"), "binds": (BINDING, "{}")}
+    cells = {name: (form, dict(quantity=quantity)) for name, (quantity, form) in columns.items()}
+    headings = {"scored": "case", "pass": "passes", "GPU": "where", "implementation": "impl"}
+    return rows.pivot(headings, cells)
 
 
 def next_resource(rows: Figures, **where: str) -> tuple[str, float]:

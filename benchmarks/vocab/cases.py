@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common.accuracy import CHECK_SHAPE
 from benchmarks.common.cases import DEVIATION, Batch, Call, Case
+from benchmarks.common.check import CHECK_SHAPE
 from benchmarks.common.peers import Peer, Place
 from benchmarks.common.report import BACKWARD, FORWARD
 from benchmarks.vocab.peers import LOG_SOFTMAX

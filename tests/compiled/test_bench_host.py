@@ -4,12 +4,13 @@ import pytest
 import torch
 from bench_programs import read_csv
 
-from benchmarks import bench_host
+from benchmarks import bench_host, bench_kernels
 from benchmarks.common.peers import OURS, collect
 from benchmarks.head.peers import TRL, candidates
 from benchmarks.host import counts
 from benchmarks.host.parts import PARTS, shares
 from gpu_lab.driver import emulate
+from tools import tune_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +91,10 @@ def test_a_plot_is_drawn(tmp_path):
     )  # fmt: skip
     bench_host.plot(tmp_path / "host.png", [row], "a machine")
     assert (tmp_path / "host.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("program", [bench_host, bench_kernels, tune_kernels])
+def test_help(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.parse_args(["--help"])
+    assert "usage" in capsys.readouterr().out
