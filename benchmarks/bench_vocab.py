@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     run.conclude(rows.NOTES)
     heading = f"V = {HEADLINE}, sizes and first calls (of the speeds: on a CPU)"
     run.judge(heading, judge(found, first_calls, HEADLINE), f"V = {HEADLINE} or sizes")
-    plots = {"": rows.plot_vocabulary, "-sizes": rows.plot_sizes}
+    parts = {row.part for row in found}
+    plots = {s: draw for part, (s, draw) in rows.PLOTS.items() if part in parts}
     run.write(report.file_stem(run.machine), found, plots, {"-first": first_calls})
     print("", *sentences(found, HEADLINE), sep="\n")
     return 0

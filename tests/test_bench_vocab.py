@@ -119,7 +119,7 @@ def test_goals_of_sizes_neighbours_and_first_calls():
 
     small = dict(part=SIZES, batch=8, seq_len=16, vocab_size=64, threads=1)
     assert judged(row("dpo_triton", 1.0, speedup=0.79, **small)) == [
-        ("speed over log_softmax, 8 x 16 x 64, bfloat16, 1 threads, forward+backward",
+        ("speed over log_softmax, 8 x 16 x 64, bfloat16, threads: 1, forward+backward",
          ">= 0.80x", False)
     ]  # fmt: skip
     large = dict(small, seq_len=64, vocab_size=6400)

@@ -59,7 +59,7 @@ def _sizes(ours: Sequence[Row]) -> Iterator[Goal]:
     for row in ours:
         least = [goal for size, goal in SIZE_SPEEDS.items() if size <= row.num_logits]
         if row.speedup is not None and row.neighbours == 0 and least:
-            what = f"speed over {LOG_SOFTMAX}, {row.shape}, {row.dtype}, {row.threads} threads"
+            what = f"speed over {LOG_SOFTMAX}, {row.shape}, {row.dtype}, threads: {row.threads}"
             yield goals.at_least(f"{what}, {row.passes}", least[-1], row.speedup, "{:.2f}x")
 
 

@@ -105,3 +105,6 @@ def plot_sizes(path: Path, rows: Sequence[Row], machine: str) -> None:
     title = f"time of a call over its size, {of[0]}, {of[1]} threads\n{machine}"
     with drawing(path, title, num_axes=2, figsize=(13, 6.5)) as axes:
         draw_lines(axes, panels, "sequences x tokens x vocabulary", ticks, rotation=90)
+
+
+PLOTS = {VOCABULARY: ("", plot_vocabulary), SIZES: ("-sizes", plot_sizes)}  # by what follows a name

@@ -47,13 +47,17 @@ def _where(row: Row) -> str:
     return f"{row.shape} {row.dtype} logits{scored}, {threads}"
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _fastest(rows: Sequence[Row], main: Row) -> str:
     parts = []
     for passes, name in PASSES.items():
         first, *others = sorted((r for r in rows if r.passes == passes), key=lambda row: row.ms)
         beside = [f"{row.ms / first.ms:.2f} times as fast as {row.impl}" for row in others[:1]]
         parts.append(
-            f"{first.impl} is fastest {name} ({', '.join([f'{first.ms:.3g} ms', *beside])})"
+            f"{first.impl} is fastest {name} ({', '.join([f'{_number(first.ms)} ms', *beside])})"
         )
     return f"Of {_where(main)}, {' and '.join(parts)}."
 
@@ -85,10 +89,11 @@ def _memory(rows: Sequence[Row], main: Row) -> str:
     if ours is None:
         return "What a call holds of memory is not known on this machine."
     least, most = known[0], known[-1]
-    text = f"At its peak {OURS} holds {ours.peak_mib:.3g} MiB above those logits"
+    mib = {row.impl: _number(row.peak_mib or 0.0) for row in known}
+    text = f"At its peak {OURS} holds {mib[OURS]} MiB above those logits"
     if least is ours:
-        return f"{text}, the least of all; {most.impl} holds {most.peak_mib:.3g}."
-    return f"{text}, and {least.impl} less, {least.peak_mib:.3g}; {most.impl} {most.peak_mib:.3g}."
+        return f"{text}, the least of all; {most.impl} holds {mib[most.impl]}."
+    return f"{text}, and {least.impl} less, {mib[least.impl]}; {most.impl} {mib[most.impl]}."
 
 
 def _error(rows: Sequence[Row]) -> str:
