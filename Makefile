@@ -24,9 +24,9 @@ endif
 help:
 	@echo "make demo    score preference pairs with a real model, then train it (downloads 100 MB)"
 	@echo "make test    run the test suite"
-	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
+	@echo "make bench   time and memory over vocabulary and batch sizes, beside the peers"
 	@echo "make bench-linear   hidden states to log-probabilities, beside the peers"
-	@echo "make bench-dpo-step where a DPO step of a real model spends its time (downloads 100 MB)"
+	@echo "make bench-dpo-step where a DPO step of a real model spends its time, TRL's too (downloads 100 MB)"
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
 	@echo "make bench-parallel  a sharded head over processes, and modelled over 1 to 64 GPUs"
 	@echo "make bench-host  what calls cost on the host, by part, beside the peers"

@@ -65,19 +65,19 @@ class Batch:
             logits = logits if weight is None else logits @ weight.T
             return reference.seq_logprob(logits, self.labels[b : b + 1, scored])[0]
 
-        leaves = (self.rows[b].double().requires_grad_() for b in range(self.num_checked))
+        every = range(self.num_checked)
         with torch.no_grad():
-            every = range(self.num_checked)
             values = torch.stack([value(b, self.rows[b].double()) for b in every])
         upstream = self.upstream(values).tolist()
-        grads, of_weight = [], 0.0
-        for b, leaf in enumerate(leaves):
+        grads, sums = [], [] if weight is None else [torch.zeros_like(weight, requires_grad=False)]
+        for b in every:
+            leaf = self.rows[b].double().requires_grad_()
             inputs = [leaf] if weight is None else [leaf, weight]
-            found = torch.autograd.grad(value(b, leaf) * upstream[b], inputs)
-            grads.append(found[0])
-            of_weight = of_weight + found[-1] if weight is not None else of_weight
-        summed = [of_weight] if isinstance(of_weight, Tensor) else []
-        return values, torch.stack(grads), *summed
+            of_rows, *of_weight = torch.autograd.grad(value(b, leaf) * upstream[b], inputs)
+            grads.append(of_rows)
+            for total, part in zip(sums, of_weight, strict=True):
+                total += part
+        return values, torch.stack(grads), *sums
 
     @cached_property
     def roundings(self) -> tuple[float, ...]:

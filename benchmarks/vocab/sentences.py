@@ -1,6 +1,7 @@
 """Five plain sentences that the rows support: who is fastest, where this package loses, memory,
 error, and when to take something else."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from benchmarks.common.peers import OURS
@@ -20,12 +21,13 @@ def sentences(rows: Sequence[Row], headline: int) -> list[str]:
     at_headline = [row for row in quiet if row.vocab_size == headline and row.impl == OURS]
     ours = [row for row in quiet if row.impl == OURS]
     main = max(at_headline or ours, key=lambda row: (row.num_logits, row.scored_share, row.threads))
-    both = [r for r in quiet if _beside(r, main)]
+    # Of the same batch and setting, both passes.
+    both = [row for row in quiet if dataclasses.replace(row, passes=main.passes).case == main.case]
     lost = sorted(_losses(quiet), key=lambda pair: pair[0].ms / pair[1].ms, reverse=True)
     return [
         _fastest(both, main),
         _lost(lost, len(ours)),
-        _memory([row for row in both if row.passes == BACKWARD], main),
+        _memory([row for row in both if row.passes == BACKWARD]),
         _error(quiet),
         _advice(lost),
     ]
@@ -33,12 +35,6 @@ def sentences(rows: Sequence[Row], headline: int) -> list[str]:
 
 def _is_variant(row: Row) -> bool:
     return row.impl != OURS and row.impl.startswith(OURS)
-
-
-def _beside(row: Row, main: Row) -> bool:
-    """Of the same batch and setting; the pass may be another."""
-    same = ("part", "shape", "dtype", "scored_share", "threads")
-    return all(getattr(row, name) == getattr(main, name) for name in same)
 
 
 def _where(row: Row) -> str:
@@ -83,7 +79,7 @@ def _lost(lost: Sequence[tuple[Row, Row]], num_cases: int) -> str:
     )
 
 
-def _memory(rows: Sequence[Row], main: Row) -> str:
+def _memory(rows: Sequence[Row]) -> str:
     known = sorted((r for r in rows if r.peak_mib is not None), key=lambda row: row.peak_mib or 0.0)
     ours = next((row for row in known if row.impl == OURS), None)
     if ours is None:
