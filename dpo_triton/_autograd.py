@@ -95,7 +95,6 @@ def log_probabilities(
     source: Source, tokens: Tokens, options: Options
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """The one body of the public functions, which differ in the source alone."""
-    _checks.check_choices(options)
     is_sharded = options.vocab_shard is not None or options.sequence_group is not None
     if is_sharded or any(is_dtensor(x) for x in (*source.tensors, *tokens[:3])):
         from .parallel import sharded_scores
@@ -109,6 +108,7 @@ def log_probabilities(
 
 def checked(source: Source, tokens: Tokens, options: Options) -> Call:
     """Check what came, and put it as the stages take it."""
+    _checks.check_choices(options)
     source.check(tokens)
     scaling = _checks.checked_scaling(options.scaling)
     is_packed = tokens.cu_seqlens is not None

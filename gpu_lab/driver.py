@@ -33,6 +33,7 @@ class Kernel(NamedTuple):
     metadata: Any  # Triton's: num_warps, shared, target, ...
     asm: dict[str, Path]  # "ptx", "cubin", "amdgcn", ... -> file
     constants: dict[str, Any]  # tl.constexpr parameters, of the source and specialised
+    signature: dict[str, str]  # parameter -> type, "constexpr" of a constant
 
 
 class Launch(NamedTuple):
@@ -40,8 +41,14 @@ class Launch(NamedTuple):
 
     kernel: Kernel
     grid: tuple[int, int, int]
-    arguments: dict[str, Any]  # by the parameter's name, without tl.constexpr
+    values: tuple[Any, ...]  # of all parameters
     counts: Counts | None  # None: it was not run
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """By the parameter's name, without tl.constexpr."""
+        given = zip(self.kernel.signature.items(), self.values, strict=True)
+        return {name: value for (name, kind), value in given if kind != "constexpr"}
 
     @property
     def largest(self) -> int:
@@ -73,20 +80,19 @@ class _Launcher:
 
     def __init__(self, driver: "EmulatedDriver", source: Any, metadata: Any) -> None:
         self.driver = driver
-        self.names = source.fn.arg_names
-        self.is_constant = [source.signature[name] == "constexpr" for name in self.names]
-        self.constants = {self.names[path[0]]: x for path, x in source.constants.items()}
+        names = source.fn.arg_names
+        self.signature = {name: source.signature[name] for name in names}
+        self.constants = {names[path[0]]: x for path, x in source.constants.items()}
         self.metadata = metadata
         self.program: ptx.Program | None = None  # None for an AMD GPU
         self.kernel: Kernel
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
+        # Little is done here of what nobody may ask for: this stands in for a launcher in C.
         lab, grid = self.driver.lab, (grid_x, grid_y, grid_z)
-        given = zip(self.names, self.is_constant, rest[-len(self.names) :], strict=True)
-        arguments = {name: value for name, is_constant, value in given if not is_constant}
-        launch = Launch(self.kernel, grid, arguments, None)
+        launch = Launch(self.kernel, grid, rest[-len(self.signature) :], None)
         if self.program is not None and self.driver.schedule is not None and lab.runs(launch):
-            values, shared = list(arguments.values()), self.metadata.shared
+            values, shared = list(launch.arguments.values()), self.metadata.shared
             counts = machine.run(
                 self.program, grid, values, shared, self.driver.schedule,
                 follows_chains=lab.follows_chains,
@@ -114,7 +120,9 @@ class EmulatedDriver(DriverBase):
         """Triton's hook between launcher_cls and load_binary, which tells where the PTX is."""
         asm = {Path(file).suffix[1:]: Path(file) for file in files.values()}
         launcher = self.launcher
-        launcher.kernel = Kernel(name, launcher.metadata, asm, launcher.constants)
+        launcher.kernel = Kernel(
+            name, launcher.metadata, asm, launcher.constants, launcher.signature
+        )
         self.lab.kernels.append(launcher.kernel)
         if "ptx" in asm:
             launcher.program = ptx.parse(asm["ptx"].read_text())

@@ -142,14 +142,12 @@ def starts_a_sequence(cu_seqlens_ptr, num_sequences, token):
     return tl.load(cu_seqlens_ptr + low).to(tl.int64) == token
 
 
-def vector_width(*tensors: Tensor) -> int:
-    """Neighbouring elements of one access: 16 bytes of them if Triton can know that every row
-    starts at such a boundary (its address and strides are multiples of 16), else 1."""
-    aligned = all(
-        tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-    )
-    return 16 // tensors[0].element_size() if aligned else 1
+def vector_width(tensor: Tensor) -> int:
+    """Neighbouring elements of one access: 16 bytes of them if every row starts at such a boundary
+    by its address and strides (multiples of 16), else 1."""
+    if tensor.data_ptr() % 16 or any(stride % 16 for stride in tensor.stride()[:-1]):
+        return 1
+    return 16 // tensor.element_size()
 
 
 def warp_size(device: torch.device) -> int:

@@ -30,6 +30,7 @@ from ._float32 import (
     two_sum,
     whole_power_of_2,
 )
+from ._launch import launch
 from ._tiles import LARGEST_EXPONENT, LOWEST, MEAN_UNIT, on_device, warp_size
 
 BLOCK_T = 64  # tokens of a program, one a thread
@@ -270,39 +271,34 @@ def combine(
     rests = torch.empty_like(target)
     with on_device(weights):
         if num_tokens > 0:
-            _combine_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
-                sums,
-                target,
-                weights,
-                out.logps,
-                rests,
-                out.softmax,
-                out.stats,
-                *sums.stride()[:2],
-                num_tokens,
-                sums.shape[1],
-                vocab_size,
-                scaling.exponent_scale,
-                ENTROPY="entropy" in stats,
-                MEAN_LOGIT="mean_logit" in stats,
-                TOP1="top1" in stats,
-                LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
-                BLOCK_T=BLOCK_T,
-                BLOCK_K=BLOCK_K,
-                num_warps=BLOCK_T // threads,
+            launch(
+                _combine_kernel,
+                triton.cdiv(num_tokens, BLOCK_T),
+                (sums, target, weights, out.logps, rests, out.softmax, out.stats),
+                (*sums.stride()[:2], num_tokens, sums.shape[1], vocab_size),
+                (scaling.exponent_scale,),
+                dict(
+                    ENTROPY="entropy" in stats,
+                    MEAN_LOGIT="mean_logit" in stats,
+                    TOP1="top1" in stats,
+                    LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
+                    BLOCK_T=BLOCK_T,
+                    BLOCK_K=BLOCK_K,
+                    num_warps=BLOCK_T // threads,
+                ),
             )
         if num_sequences > 0:
-            _sequences_kernel[(num_sequences,)](
-                out.logps,
-                rests,
-                weights,
-                None if cu_seqlens is None else cu_seqlens.contiguous(),
-                out.values,
-                out.lengths,
-                num_tokens,
-                seq_len,
-                MEAN=reduction == "mean",
-                LANES=LANES,
-                UNROLL=UNROLL,
-                num_warps=LANES // threads,
+            ends = None if cu_seqlens is None else cu_seqlens.contiguous()
+            launch(
+                _sequences_kernel,
+                num_sequences,
+                (out.logps, rests, weights, ends, out.values, out.lengths),
+                (num_tokens, seq_len),
+                (),
+                dict(
+                    MEAN=reduction == "mean",
+                    LANES=LANES,
+                    UNROLL=UNROLL,
+                    num_warps=LANES // threads,
+                ),
             )

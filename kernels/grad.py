@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
 from ._tiles import (
     SPLIT_V,
     cap,
@@ -55,7 +56,8 @@ def _logits_grad(
 # One program per logits row and split. Row n holds the scores of token n + SHIFT.
 @triton.jit(
     do_not_specialize=[
-        "stride_grad_logps_b", "stride_grad_logps_t", "stride_softmax",
+        "stride_logits_b", "stride_logits_t", "stride_grad_logps_b", "stride_grad_logps_t",
+        "stride_grad_logits_b", "stride_grad_logits_t", "stride_softmax",
         "num_tokens", "seq_len", "num_columns", "num_splits", "first_column",
     ]
 )  # fmt: skip
@@ -86,14 +88,17 @@ def _grad_kernel(
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
+    LOGITS_VEC: tl.constexpr,  # of logits alone
 ):
     dtype = grad_logits_ptr.dtype.element_ty
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     n = row + SHIFT  # past a sequence's end it is the next one's first token, which has no weight
     b = row // seq_len
     t = row % seq_len
-    row_ptr = logits_ptr + b * stride_logits_b + t * stride_logits_t
-    out_ptr = grad_logits_ptr + b * stride_grad_logits_b + t * stride_grad_logits_t
+    row_start = b * stride_logits_b + t * stride_logits_t
+    row_ptr = logits_ptr + tl.multiple_of(row_start, LOGITS_VEC)
+    out_start = b * stride_grad_logits_b + t * stride_grad_logits_t
+    out_ptr = grad_logits_ptr + tl.multiple_of(out_start, VEC)
     R: tl.constexpr = BLOCK_V // (THREADS * VEC)
     TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
     first = tl.program_id(0) % num_splits * SPLIT_V
@@ -166,28 +171,27 @@ def grad(
     num_tokens, splits = batch * seq_len, num_splits(num_columns)
     has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _grad_kernel[(num_tokens * splits,)](
-            logits,
-            labels.contiguous(),
-            weights,
-            grad_logps,
-            softmax,
-            out,
-            *logits.stride()[:2],
-            *grad_logps.stride(),
-            *out.stride()[:2],
-            softmax.stride(0),
-            num_tokens,
-            seq_len,
-            num_columns,
-            splits,
-            columns.first,
-            scaling.slope,
-            scaling.logit_scale,
-            scaling.softcap or 0.0,
-            SHIFT=shift,
-            HAS_SOFTCAP=has_softcap,
-            **launch_config(logits, out, has_softcap),
+        launch(
+            _grad_kernel,
+            num_tokens * splits,
+            (logits, labels.contiguous(), weights, grad_logps, softmax, out),
+            (
+                *logits.stride()[:2],
+                *grad_logps.stride(),
+                *out.stride()[:2],
+                softmax.stride(0),
+                num_tokens,
+                seq_len,
+                num_columns,
+                splits,
+                columns.first,
+            ),
+            (scaling.slope, scaling.logit_scale, scaling.softcap or 0.0),
+            dict(
+                SHIFT=shift,
+                HAS_SOFTCAP=has_softcap,
+                **launch_config(logits, out, has_softcap),
+            ),
         )
     return out
 
@@ -198,5 +202,11 @@ def launch_config(logits: Tensor, out: Tensor, has_softcap: bool) -> dict[str, i
     As in partials, but 16 logits a thread at a time, or 8 with a softcap: both a logit and its
     gradient take registers.
     """
-    block, vec = 512 if has_softcap else 1024, vector_width(logits, out)
-    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))
+    of_logits, of_out = vector_width(logits), vector_width(out)
+    return dict(
+        BLOCK_V=512 if has_softcap else 1024,
+        THREADS=64,
+        VEC=min(of_logits, of_out),
+        LOGITS_VEC=of_logits,
+        num_warps=64 // warp_size(logits.device),
+    )

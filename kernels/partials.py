@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._float32 import rounded_product
+from ._launch import launch
 from ._tiles import (
     LARGEST_EXPONENT,
     LOWEST,
@@ -154,8 +155,8 @@ def _peak_and_ties(
 # its weight. Sizes are not specialised: a batch of another shape compiles nothing.
 @triton.jit(
     do_not_specialize=[
-        "stride_sums_c", "stride_sums_k", "seq_len", "num_columns", "num_splits", "num_sequences",
-        "ignore_index", "first_column", "vocab_size",
+        "stride_logits_b", "stride_logits_t", "stride_sums_c", "stride_sums_k", "seq_len",
+        "num_columns", "num_splits", "num_sequences", "ignore_index", "first_column", "vocab_size",
     ]
 )  # fmt: skip
 def _partials_kernel(
@@ -212,7 +213,8 @@ def _partials_kernel(
     if weight != 0.0:
         exponent_scale = tl.cast(exponent_scale, tl.float32)
         row = n - 1 if SHIFT else n
-        row_ptr = logits_ptr + row // seq_len * stride_logits_b + row % seq_len * stride_logits_t
+        row_start = row // seq_len * stride_logits_b + row % seq_len * stride_logits_t
+        row_ptr = logits_ptr + tl.multiple_of(row_start, VEC)
         in_vocabulary = (y >= 0) & (y < vocab_size)  # else NaN, never a stray read
         column = tl.where(in_vocabulary, y - first_column, -1).to(tl.int32)  # the target's
         is_here = (column >= 0) & (column < num_columns)
@@ -345,31 +347,37 @@ def partials(
     splits = num_splits(columns.width)
     has_softcap = scaling.softcap is not None
     with on_device(logits):
-        _partials_kernel[(num_tokens * splits,)](
-            logits,
-            labels.contiguous(),
-            None if mask is None else mask.contiguous(),
-            None if cu_seqlens is None else cu_seqlens.contiguous(),
-            *out,
-            *logits.stride()[:2],
-            *out.sums.stride()[:2],
-            labels.shape[1],
-            columns.width,
-            splits,
-            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-            ignore_index,
-            columns.first,
-            columns.vocab_size,
-            scaling.exponent_scale,
-            scaling.logit_scale,
-            scaling.softcap or 0.0,
-            SHIFT=shift,
-            HAS_SOFTCAP=has_softcap,
-            ENTROPY="entropy" in stats,
-            MEAN_LOGIT="mean_logit" in stats,
-            TOP1="top1" in stats,
-            LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
-            **launch_config(logits, has_softcap),
+        launch(
+            _partials_kernel,
+            num_tokens * splits,
+            (
+                logits,
+                labels.contiguous(),
+                None if mask is None else mask.contiguous(),
+                None if cu_seqlens is None else cu_seqlens.contiguous(),
+                *out,
+            ),
+            (
+                *logits.stride()[:2],
+                *out.sums.stride()[:2],
+                labels.shape[1],
+                columns.width,
+                splits,
+                0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+                ignore_index,
+                columns.first,
+                columns.vocab_size,
+            ),
+            (scaling.exponent_scale, scaling.logit_scale, scaling.softcap or 0.0),
+            dict(
+                SHIFT=shift,
+                HAS_SOFTCAP=has_softcap,
+                ENTROPY="entropy" in stats,
+                MEAN_LOGIT="mean_logit" in stats,
+                TOP1="top1" in stats,
+                LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
+                **launch_config(logits, has_softcap),
+            ),
         )
 
 

@@ -25,13 +25,6 @@ from dpo_triton import (
 from dpo_triton._backends import resolve_backend
 from dpo_triton._head._tiles import Plan
 
-# The case of a missing rank, which makes a group with a timeout of seconds, can leave one rank
-# waiting for the others for good where two cores are busy: the file runs on request.
-pytestmark = pytest.mark.skipif(
-    os.environ.get("DPO_TRITON_TEST_RANKS") != "1",
-    reason="may hang: set DPO_TRITON_TEST_RANKS=1",
-)
-
 SIZE = 4
 # On a CPU its interpreter runs the kernels.
 HAS_TRITON = importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1"
@@ -111,11 +104,11 @@ MISMATCHES = [
     "shape", "labels", "mask", "dtype", "temperature", "stats", "overlap", "gap",
 ]  # fmt: skip
 OWN_ERRORS = {"width": "ValueError", "labels' dtype": "TypeError", "reduction": "ValueError"}
-# 256 rows of 50257 in bf16 are 25 MiB, as is a head of 256 columns.
+# 256 rows of 50257 in bf16 are 25 MiB, as is a head of 256 columns, whose products take few rows.
 PEAKS = {
     "logits": (4, 64, 0, 50257),
-    "trained": (4, 64, 256, 50257),
-    "frozen": (4, 64, 256, 50257),
+    "trained": (4, 16, 256, 50257),
+    "frozen": (4, 16, 256, 50257),
 }
 
 
