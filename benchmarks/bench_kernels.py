@@ -63,13 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         peers = run.collect(candidates(dtype))
     facts = dict(vocab_size=args.vocab, dtype=args.dtype)
     packages = ("torch", "triton", "trl", "liger-kernel")
-    descriptions = {peer.name: peer.description for peer in peers}
     if has_gpu:
         wrong = measure.complaints(peers, args.vocab, dtype)
         if wrong:
             return run.refuse(wrong)
         figures, copy = measure.rows(peers, args.vocab, dtype, args.quick)
-        run.announce(descriptions, packages, **facts, copy_gb_per_s=f"{copy:.1f}")
+        run.announce(*packages, **facts, copy_gb_per_s=f"{copy:.1f}")
         print(f"\nmeasured on {run.machine}; V = {args.vocab}, {args.dtype}")
         print(measure.table(figures))
         of_calls = measure.whole_rows(peers, dtype, args.quick)
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         run.conclude()
         return run.write(f"kernels-{file_stem(run.machine)}", [*figures, *of_calls])
 
-    run.announce(descriptions, packages, **facts)
+    run.announce(*packages, **facts)
     figures, wrong = count_all(run, dtype, peers)
     if wrong:
         return run.refuse(wrong, "nothing is reported")

@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         return run.refuse(wrong)
 
-    descriptions = {peer.name: peer.description for peer in runnable}
-    run.announce(descriptions, ("torch", "triton", "numba", "trl", "liger-kernel"))
+    run.announce("torch", "triton", "numba", "trl", "liger-kernel")
     plan = [one for one in plan_of(args) if has_room(one[0], device)]
     total = len(MODES) * sum(len(shares) for _, _, shares in plan)
     found = measure_all(

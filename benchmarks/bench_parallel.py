@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Run("bench_parallel", parse_args, argv)
     args = run.args
     batch = ways.Batch(4, args.tokens, 64, args.vocab, 0.5, args.seed)
+    run.descriptions |= ways.DESCRIPTIONS
     run.announce(
-        ways.DESCRIPTIONS,
-        ("torch",),
+        "torch",
         vocab_size=args.vocab,
         tokens=batch.batch * batch.seq_len,
         hidden_size=batch.hidden_size,

@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
     copy_numel = min(COPY_NUMEL[device.type], measure.free_bytes(device) // 32)
     copy = measure.copy_gb_per_s(device, numel=copy_numel, min_run_s=0.5)
-    descriptions = {peer.name: peer.description for peer in runnable}
-    run.announce(descriptions, ("torch", "triton", "numba"), copy_gb_per_s=round(copy, 2))
+    run.announce("torch", "triton", "numba", copy_gb_per_s=round(copy, 2))
     generator = torch.Generator(device).manual_seed(args.seed)
     found: list[rows.Row] = []
     for part, sizes in sizes_of(args, device).items():

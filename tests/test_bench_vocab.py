@@ -104,6 +104,10 @@ def test_goals_follow_from_the_rows():
     assert verdicts(slow, row("log_softmax", 7.1)) == [
         ("3.38x", False), ("3.1", False), ("2.200", False), ("0.500", True)
     ]  # fmt: skip
+    both = row("dpo_triton", 2.0), row("torch.compile", 6.9)
+    assert verdicts(*both)[0] == ("3.45x", False)  # 3.5 with the backward pass
+    forward = [dataclasses.replace(one, passes=FORWARD, scored_share=0.5) for one in both]
+    assert verdicts(*forward)[0] == ("3.45x", True)  # 2.2 without, half of the rows scored
     in_place = row("dpo_triton in place", 2.0, peak_mib=1.1)
     assert verdicts(in_place) == [("1.1", False)]
     assert verdicts() == []

@@ -98,6 +98,7 @@ class Run:
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
         self.machine = measure.machine_name(self.device)
+        self.descriptions: dict[str, str] = {}  # of who runs
         self.not_run: dict[str, str] = {}  # name -> reason
         self.failures: dict[str, list[str]] = {}  # what happened -> in which cases
         self.facts: dict[str, object] = {}  # that stand beside every row
@@ -106,13 +107,12 @@ class Run:
     def collect(self, candidates: Iterable[P]) -> list[P]:
         """Return those that can run; the others go to `not_run`."""
         runnable, not_run = collect(candidates)
+        self.descriptions |= {peer.name: peer.description for peer in runnable}
         self.not_run |= not_run
         return runnable
 
-    def announce(
-        self, descriptions: Mapping[str, str], packages: Sequence[str], **facts: object
-    ) -> None:
-        """Print what the whole run shares, and what its implementations are."""
+    def announce(self, *packages: str, **facts: object) -> None:
+        """Print what the whole run shares, versions of packages too, and who runs."""
         self.facts = dict(
             machine=self.machine,
             **facts,
@@ -121,7 +121,7 @@ class Run:
             command=shlex.join(["python", f"benchmarks/{self.script}.py", *self.argv]),
         )
         print(*(f"{name}: {fact}" for name, fact in self.facts.items()), "", sep="\n")
-        print(*(f"{name}: {text}" for name, text in descriptions.items()), sep="\n")
+        print(*(f"{name}: {text}" for name, text in self.descriptions.items()), sep="\n")
         self.others = measure.OtherLoad()
 
     def refuse(self, wrong: Sequence[str], consequence: str = "nothing is timed") -> int:
