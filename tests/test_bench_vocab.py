@@ -224,6 +224,14 @@ def test_plots_and_sizes(bench, tmp_path, monkeypatch, capsys):
     assert fifth.startswith(("Where time alone", "Nothing here"))
 
 
+def test_only_what_was_measured_is_drawn(bench, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    without_compiling(monkeypatch)
+    arguments = [argument for argument in TINY if argument != "--no-plot"]
+    assert bench.main([*arguments, "--share", "1", "--csv", str(tmp_path / "rows.csv")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "rows.png"}
+
+
 def test_sizes_are_within_memory(monkeypatch):
     monkeypatch.setattr(measure, "free_bytes", lambda device: 64 * 2**27)
     args = bench_vocab.parse_args(["--device", "cpu"])
