@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,11 +14,13 @@ from bench_programs import quick_peaks, quiet_machine, read_csv  # noqa: F401  (
 import dpo_triton
 from benchmarks import bench_vocab
 from benchmarks.common import command, goals, measure
+from benchmarks.common.peers import OURS
 from benchmarks.common.report import BACKWARD, FORWARD
 from benchmarks.vocab import first_call, rows
 from benchmarks.vocab.cases import Effort
 from benchmarks.vocab.first_call import FirstCall
 from benchmarks.vocab.judged import judge
+from benchmarks.vocab.peers import LOG_SOFTMAX, candidates
 from benchmarks.vocab.rows import SIZES, VOCABULARY, Row
 
 TINY = ["--vocab", "257", "--dtype", "float32", "--device", "cpu", "--no-plot"]
@@ -192,12 +196,22 @@ def test_times_restore_before_each_sample(quiet_machine):  # noqa: F811
     assert state["calls"] == len(samples)
 
 
+def with_few_peers(monkeypatch):
+    """Ours and the formula: where cores are busy the threads of many wait for one another."""
+
+    def few(device, backend):
+        return [one for one in candidates(device, backend) if one.name in (OURS, LOG_SOFTMAX)]
+
+    monkeypatch.setattr(bench_vocab, "candidates", few)
+
+
 def test_plots_and_sizes(bench, tmp_path, monkeypatch, capsys):
     """A size with all threads and with one; another process is busy beside the named one."""
     pytest.importorskip("matplotlib")
-    without_compiling(monkeypatch)
+    with_few_peers(monkeypatch)
     monkeypatch.setattr(bench, "NEIGHBOURED", (2, 3, 7))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(measure, "setting", lambda threads, neighbours: nullcontext())
     arguments = [argument for argument in TINY if argument != "--no-plot"]
     sizes = ["2x3x7", "2x300x131"]
     path = tmp_path / "rows.csv"
@@ -224,9 +238,19 @@ def test_plots_and_sizes(bench, tmp_path, monkeypatch, capsys):
     assert fifth.startswith(("Where time alone", "Nothing here"))
 
 
+def test_a_setting_has_threads_and_a_busy_neighbour_for_a_while():
+    before, alone = torch.get_num_threads(), os.times()
+    with measure.setting(before + 1, 1):
+        assert torch.get_num_threads() == before + 1
+        time.sleep(0.3)
+    assert torch.get_num_threads() == before
+    after = os.times()  # of children that have ended
+    assert after.children_user + after.children_system > alone.children_user + 0.01
+
+
 def test_only_what_was_measured_is_drawn(bench, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    without_compiling(monkeypatch)
+    with_few_peers(monkeypatch)
     arguments = [argument for argument in TINY if argument != "--no-plot"]
     assert bench.main([*arguments, "--share", "1", "--csv", str(tmp_path / "rows.csv")]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "rows.png"}
