@@ -96,7 +96,7 @@ def log_probabilities(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """The one body of the public functions, which differ in the source alone."""
     is_sharded = options.vocab_shard is not None or options.sequence_group is not None
-    if is_sharded or any(is_dtensor(x) for x in (*source.tensors, *tokens[:3])):
+    if is_sharded or have_dtensor((*source.tensors, *tokens[:3])):
         from .parallel import sharded_scores
 
         found = sharded_scores(source, tokens, options)
@@ -117,7 +117,9 @@ def checked(source: Source, tokens: Tokens, options: Options) -> Call:
         tokens = tokens._replace(mask=tokens.mask != 0)
     request = Request(
         options.reduction or "none",
-        tuple(name for name in _checks.TOKEN_STATS if name in options.stats),
+        tuple(name for name in _checks.TOKEN_STATS if name in options.stats)
+        if options.stats
+        else (),
         "lengths" in options.stats,
         "token_logps" in options.stats,
         options.backend,
@@ -130,11 +132,12 @@ def checked(source: Source, tokens: Tokens, options: Options) -> Call:
 def scores(
     request: Request, values: Tensor, lengths: Tensor, logps: Tensor, stats: Tensor
 ) -> Scores:
-    """The results of a call, of which no two share memory."""
+    """The results of a call, of which no two share memory, with each other or with what the
+    backward pass reads: lengths."""
     is_per_token = request.reduction == "none"
     return Scores(
         logps if is_per_token else values,
-        lengths if request.wants_lengths else None,
+        lengths.clone() if request.wants_lengths else None,
         (logps.clone() if is_per_token else logps) if request.wants_logps else None,
         stats,
     )
@@ -153,13 +156,13 @@ def _named(
     return result, {name: every[name] for name in options.stats}  # type: ignore[misc]
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor. `torch.distributed.tensor` is not imported: whoever passes one has
+def have_dtensor(tensors: Sequence[object]) -> bool:
+    """Whether one is a DTensor. `torch.distributed.tensor` is not imported: whoever passes one has
     done that."""
-    if type(tensor) is Tensor or tensor is None or type(tensor) is torch.nn.Parameter:
-        return False
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    if module is None:
+        return False
+    return any(isinstance(x, module.DTensor) for x in tensors if type(x) is not Tensor)
 
 
 class Logprob(torch.autograd.Function):
@@ -184,8 +187,7 @@ class Logprob(torch.autograd.Function):
         )
         ctx.shift, ctx.scaling, ctx.request = tokens.shift, scaling, request
         ctx.inplace_backward, ctx.is_overwritten = inplace_backward, False
-        # The backward pass reads lengths: whoever asks for them gets a copy.
-        found = scores(request, values, lengths.clone(), logps, stats)
+        found = scores(request, values, lengths, logps, stats)
         ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
         return found
 

@@ -26,12 +26,11 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
         RuntimeError: a backend is asked for that cannot run on tensors of `device`.
         TypeError: Triton and float64.
     """
-    interpret = os.environ.get("TRITON_INTERPRET", "0")
-    return backend_named(_resolved(name, device.type, dtype == torch.float64, interpret))
+    return backend_named(_resolved(name, device.type, dtype == torch.float64))
 
 
 @functools.cache  # what is installed does not change, and asking takes longer than a small call
-def _resolved(name: str, device_type: str, is_float64: bool, interpret: str) -> str:
+def _resolved(name: str, device_type: str, is_float64: bool) -> str:
     if name == "auto":
         of_cpu = "cpu" if _is_installed("numba") else "torch"
         name = {"cuda": "triton", "cpu": of_cpu}.get(device_type, "torch")
@@ -60,7 +59,7 @@ def _resolved(name: str, device_type: str, is_float64: bool, interpret: str) -> 
             "install it with `pip install triton` (on Windows `pip install triton-windows`), "
             'or pass backend="torch"'
         )
-    if not _triton_serves(device_type, interpret):
+    if not _triton_serves(device_type):
         raise RuntimeError(
             f'backend="triton" got tensors on {device_type}, which no active Triton driver serves; '
             "move them to a GPU, or set TRITON_INTERPRET=1 before the first import of triton to "
@@ -123,8 +122,8 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _triton_serves(device_type: str, interpret: str) -> bool:
-    if interpret.lower() in ("1", "true", "yes", "on"):
+def _triton_serves(device_type: str) -> bool:
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"):
         return True
     import triton
 

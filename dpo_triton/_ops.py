@@ -24,13 +24,39 @@ SCALING = "float temperature, float logit_scale, float? softcap, Tensor? symbols
 _GRAD_INPUTS = f"Tensor labels, Tensor weights, bool shift, Tensor softmax, {SCALING}, str backend"
 
 
-def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator of this package; return what calls it."""
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+class Operator:
+    """An operator of this package: its dispatcher where somebody watches, else its body alone."""
+
+    def __init__(self, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        name = schema.partition("(")[0]
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+        _library.define(schema, tags=tags)
+        _library.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.body = body
+
+    def __call__(self, tensor: Tensor, *inputs: Any) -> Any:
+        if is_watched(tensor):
+            return self.overload(tensor, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.body(tensor, *inputs)
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether more than the device takes part in an operator: a tracer, a mode, a transform, a
+    profiler, a class of tensors, tensors without data. In eager calls the dispatcher would take
+    longer than a kernel's launch.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def symbols_of(scaling: Scaling) -> Tensor | None:
@@ -144,20 +170,20 @@ def _grad(
     )
 
 
-logprob = register(
+logprob = Operator(
     f"logprob(Tensor logits, {TOKENS}, {SCALING}, str reduction, str[] stats, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _logprob,
     _fake_logprob,
 )
-logprob_grad = register(
+logprob_grad = Operator(
     f"logprob_grad(Tensor grad_logps, Tensor logits, {_GRAD_INPUTS}) -> Tensor",
     _logprob_grad,
     lambda grad_logps, logits, *inputs: torch.empty_like(
         logits, memory_format=torch.contiguous_format
     ),
 )
-logprob_grad_ = register(
+logprob_grad_ = Operator(
     f"logprob_grad_(Tensor grad_logps, Tensor(a!) logits, {_GRAD_INPUTS}) -> ()",
     _logprob_grad_,
     lambda grad_logps, logits, *inputs: None,

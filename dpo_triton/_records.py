@@ -132,11 +132,12 @@ class Partials(NamedTuple):
     ) -> "Partials":
         """Room for those of some columns: nothing is written but the -inf of absent targets."""
         labels = tokens.labels
-        weights = labels.new_empty(labels.shape, dtype=dtype)
-        target = weights.new_empty(labels.numel())
+        weights = torch.empty_like(labels, dtype=dtype, memory_format=torch.contiguous_format)
+        num_tokens = labels.numel()
+        target = weights.new_empty(num_tokens)
         if not columns.is_whole:
             target.fill_(-math.inf)
-        return cls(weights.new_empty((2 + num_stats, num_splits, labels.numel())), target, weights)
+        return cls(weights.new_empty(2 + num_stats, num_splits, num_tokens), target, weights)
 
 
 class RowSoftmax(NamedTuple):
@@ -168,8 +169,8 @@ class Combined(NamedTuple):
             weights.new_empty(num_sequences),
             weights.new_empty(num_sequences),
             torch.empty_like(weights),
-            weights.new_empty((4, weights.numel())),
-            weights.new_empty((num_stats, *weights.shape)),
+            weights.new_empty(4, weights.numel()),
+            weights.new_empty(num_stats, *weights.shape),
         )
 
 

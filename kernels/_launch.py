@@ -38,11 +38,12 @@ def launch(
     driver = triton.runtime.driver.active
     values = tuple(constants.values())
     key = (
-        kernel,
+        kernel.fn,  # a JITFunction's own hash is slow
         driver,
         driver.get_current_device(),
-        *[_kind(tensor) for tensor in tensors],
+        *[None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors],
         *[size.bit_length() > 31 for size in sizes],
+        torch.version.hip and tuple(x is None or _is_within_2_gib(x) for x in tensors),
         values,
     )
     compiled = _compiled.get(key)
@@ -54,10 +55,6 @@ def launch(
         _compiled[key] = compiled
 
 
-def _kind(tensor: Tensor | None) -> Any:
-    """What Triton specialises of a tensor."""
-    if tensor is None:
-        return None
-    if torch.version.hip is None:
-        return tensor.dtype, tensor.data_ptr() % 16 == 0
-    return tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.untyped_storage().size() < 2**31
+def _is_within_2_gib(tensor: Tensor) -> bool:
+    """Which accesses AMD's backend can make depends on it."""
+    return tensor.untyped_storage().size() < 2**31

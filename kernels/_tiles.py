@@ -150,16 +150,11 @@ def vector_width(tensor: Tensor) -> int:
     return 16 // tensor.element_size()
 
 
-def warp_size(device: torch.device) -> int:
-    """Threads of a warp: 32, or 64 of an AMD wavefront. Without a GPU (in the interpreter) 32."""
-    target = gpu_target(device)
-    return 32 if target is None else int(target.warp_size)
-
-
-def gpu_target(device: torch.device) -> Any:
-    """What Triton compiles for on a device: backend, arch and warp_size; None without a GPU."""
+def gpu_target(tensor: Tensor) -> Any:
+    """What Triton compiles for on a tensor's device: backend, arch and warp_size; None without a
+    GPU (in the interpreter)."""
     try:
-        return _gpu_target(triton.runtime.driver.active, device)
+        return _gpu_target(triton.runtime.driver.active, tensor.device)
     except RuntimeError:  # "0 active drivers"
         return None
 
@@ -167,6 +162,11 @@ def gpu_target(device: torch.device) -> Any:
 @functools.cache
 def _gpu_target(driver: Any, device: torch.device) -> Any:
     return driver.get_current_target()
+
+
+def warp_size(target: Any) -> int:
+    """Threads of a warp: 32, or 64 of an AMD wavefront."""
+    return 32 if target is None else int(target.warp_size)
 
 
 _HERE = contextlib.nullcontext()

@@ -9,6 +9,7 @@ The first kernel is over tokens, in float32 that keeps the rest of a rounding wh
 are added in a fixed order, a sequence's from its first token on.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from ._float32 import (
     whole_power_of_2,
 )
 from ._launch import launch
-from ._tiles import LARGEST_EXPONENT, LOWEST, MEAN_UNIT, on_device, warp_size
+from ._tiles import LARGEST_EXPONENT, LOWEST, MEAN_UNIT, gpu_target, on_device, warp_size
 
 BLOCK_T = 64  # tokens of a program, one a thread
 BLOCK_K = 4  # splits that a program loads at a time
@@ -267,25 +268,17 @@ def combine(
     sums, target, weights = partials
     seq_len = weights.shape[1]
     num_tokens, num_sequences = weights.numel(), out.values.shape[0]
-    threads = warp_size(weights.device)
+    gpu = gpu_target(weights)
     rests = torch.empty_like(target)
     with on_device(weights):
         if num_tokens > 0:
             launch(
                 _combine_kernel,
-                triton.cdiv(num_tokens, BLOCK_T),
+                -(-num_tokens // BLOCK_T),
                 (sums, target, weights, out.logps, rests, out.softmax, out.stats),
                 (*sums.stride()[:2], num_tokens, sums.shape[1], vocab_size),
                 (scaling.exponent_scale,),
-                dict(
-                    ENTROPY="entropy" in stats,
-                    MEAN_LOGIT="mean_logit" in stats,
-                    TOP1="top1" in stats,
-                    LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
-                    BLOCK_T=BLOCK_T,
-                    BLOCK_K=BLOCK_K,
-                    num_warps=BLOCK_T // threads,
-                ),
+                _constants(tuple(stats), gpu),
             )
         if num_sequences > 0:
             ends = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -295,10 +288,24 @@ def combine(
                 (out.logps, rests, weights, ends, out.values, out.lengths),
                 (num_tokens, seq_len),
                 (),
-                dict(
-                    MEAN=reduction == "mean",
-                    LANES=LANES,
-                    UNROLL=UNROLL,
-                    num_warps=LANES // threads,
-                ),
+                _sequence_constants(reduction == "mean", gpu),
             )
+
+
+@functools.cache
+def _constants(stats: tuple[str, ...], target: Any) -> dict[str, Any]:
+    return dict(
+        ENTROPY="entropy" in stats,
+        MEAN_LOGIT="mean_logit" in stats,
+        TOP1="top1" in stats,
+        LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
+        BLOCK_T=BLOCK_T,
+        BLOCK_K=BLOCK_K,
+        num_warps=BLOCK_T // warp_size(target),
+    )
+
+
+@functools.cache
+def _sequence_constants(is_mean: bool, target: Any) -> dict[str, Any]:
+    warps = LANES // warp_size(target)
+    return dict(MEAN=is_mean, LANES=LANES, UNROLL=UNROLL, num_warps=warps)

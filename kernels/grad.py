@@ -8,6 +8,7 @@ rows of logits so large that only those equal to the peak have a share: see `com
 not scored is not read: it gets zeros.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ._tiles import (
     SPLIT_V,
     cap,
     from_own,
+    gpu_target,
     load,
     load_tail,
     on_device,
@@ -85,10 +87,10 @@ def _grad_kernel(
     softcap,
     SHIFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    LOGITS_VEC: tl.constexpr,  # neighbours that the rows of logits allow
     BLOCK_V: tl.constexpr,
     THREADS: tl.constexpr,
-    VEC: tl.constexpr,
-    LOGITS_VEC: tl.constexpr,  # of logits alone
+    VEC: tl.constexpr,  # those that the gradient's allow too
 ):
     dtype = grad_logits_ptr.dtype.element_ty
     row = (tl.program_id(0) // num_splits).to(tl.int64)
@@ -187,26 +189,26 @@ def grad(
                 columns.first,
             ),
             (scaling.slope, scaling.logit_scale, scaling.softcap or 0.0),
-            dict(
-                SHIFT=shift,
-                HAS_SOFTCAP=has_softcap,
-                **launch_config(logits, out, has_softcap),
+            _constants(
+                shift, has_softcap, vector_width(logits), vector_width(out), gpu_target(logits)
             ),
         )
     return out
 
 
-def launch_config(logits: Tensor, out: Tensor, has_softcap: bool) -> dict[str, int]:
+@functools.cache
+def _constants(
+    shift: bool, has_softcap: bool, of_logits: int, of_out: int, target: Any
+) -> dict[str, Any]:
+    config = launch_config(min(of_logits, of_out), has_softcap, target)
+    return dict(SHIFT=shift, HAS_SOFTCAP=has_softcap, LOGITS_VEC=of_logits, **config)
+
+
+def launch_config(vec: int, has_softcap: bool, target: Any) -> dict[str, int]:
     """Columns of a tile, threads, neighbouring logits of an access, and warps.
 
     As in partials, but 16 logits a thread at a time, or 8 with a softcap: both a logit and its
     gradient take registers.
     """
-    of_logits, of_out = vector_width(logits), vector_width(out)
-    return dict(
-        BLOCK_V=512 if has_softcap else 1024,
-        THREADS=64,
-        VEC=min(of_logits, of_out),
-        LOGITS_VEC=of_logits,
-        num_warps=64 // warp_size(logits.device),
-    )
+    block = 512 if has_softcap else 1024
+    return dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(target))

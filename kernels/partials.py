@@ -13,6 +13,7 @@ the peak. Its rounding is known and undone, up to LARGEST_EXPONENT; beyond that 
 so far apart that the total is the number of logits that equal the peak.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -369,19 +370,26 @@ def partials(
                 columns.vocab_size,
             ),
             (scaling.exponent_scale, scaling.logit_scale, scaling.softcap or 0.0),
-            dict(
-                SHIFT=shift,
-                HAS_SOFTCAP=has_softcap,
-                ENTROPY="entropy" in stats,
-                MEAN_LOGIT="mean_logit" in stats,
-                TOP1="top1" in stats,
-                LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
-                **launch_config(logits, has_softcap),
-            ),
+            _constants(shift, has_softcap, tuple(stats), vector_width(logits), gpu_target(logits)),
         )
 
 
-def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
+@functools.cache
+def _constants(
+    shift: bool, has_softcap: bool, stats: tuple[str, ...], vec: int, target: Any
+) -> dict[str, Any]:
+    return dict(
+        SHIFT=shift,
+        HAS_SOFTCAP=has_softcap,
+        ENTROPY="entropy" in stats,
+        MEAN_LOGIT="mean_logit" in stats,
+        TOP1="top1" in stats,
+        LOG_SUM_SQ_PROBS="log_sum_sq_probs" in stats,
+        **launch_config(vec, has_softcap, target),
+    )
+
+
+def launch_config(vec: int, has_softcap: bool, target: Any) -> dict[str, int]:
     """Columns of a tile, threads, neighbouring logits of a load, and warps.
 
     Few threads, so that the work around the loop is shared by the 256 logits that each of them gets
@@ -389,10 +397,8 @@ def launch_config(logits: Tensor, has_softcap: bool) -> dict[str, int]:
     single loads), 8 with a softcap's tanh: so many that half of a multiprocessor's warps fit. The
     stats have no say, since they must not change a value.
     """
-    vec = vector_width(logits)
     block = 512 if has_softcap else 2048 if vec == 8 else 1024
-    config = dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(logits.device))
-    target = gpu_target(logits.device)
+    config = dict(BLOCK_V=block, THREADS=64, VEC=vec, num_warps=64 // warp_size(target))
     if target is not None and target.backend == "cuda" and target.arch // 10 == 8:
         config["maxnreg"] = 64  # with all stats the assembler for Ampere and Ada takes 71
     return config

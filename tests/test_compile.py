@@ -110,9 +110,9 @@ def test_opcheck(packed, backend, device):
     for scaling in ((1.5, 1.0, None, None), (1.0, 1.0, None, torch.tensor([1.5, 1.0, 9.0]))):
         for reduction in ("mean", "none"):
             inputs = (logits, *tokens, *scaling, reduction, ["entropy", "top1"], backend)
-            torch.library.opcheck(_ops.logprob, inputs)
+            torch.library.opcheck(_ops.logprob.overload, inputs)
         _, _, logps, softmax, _, weights = _ops.logprob(*inputs)
         grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
         inputs = (labels, weights, False, softmax, *scaling, backend)
-        torch.library.opcheck(_ops.logprob_grad, (grad_logps, logits, *inputs))
-        torch.library.opcheck(_ops.logprob_grad_, (grad_logps, logits.clone(), *inputs))
+        torch.library.opcheck(_ops.logprob_grad.overload, (grad_logps, logits, *inputs))
+        torch.library.opcheck(_ops.logprob_grad_.overload, (grad_logps, logits.clone(), *inputs))

@@ -90,7 +90,7 @@ def test_opcheck(layout, make_grad, backend, device):
     scaling, plan = (1.5, 1.0, None, None), (torch.float32, 20 * 300 * 4)
     inputs = (hidden, weight, bias, labels, mask, cu_seqlens, False, -100, *scaling, "mean")
     inputs += (["entropy", "top1"], *plan, list(FROZEN if make_grad else ALL), backend)
-    torch.library.opcheck(_operators.linear_logprob, inputs)
+    torch.library.opcheck(_operators.linear_logprob.overload, inputs)
     found = _operators.linear_logprob(*inputs)
     _, _, logps, softmax, _, weights, kept, unit_grad = found
     assert (kept.numel() > 0) != make_grad
@@ -99,7 +99,7 @@ def test_opcheck(layout, make_grad, backend, device):
     for needs in [] if make_grad else [ALL, (False, True, False), (True, False, True)]:
         saved = (labels, weights, False, softmax, kept)
         inputs = (grad_logps, hidden, weight, bias, *saved, *scaling, *plan, list(needs), backend)
-        torch.library.opcheck(_operators.linear_logprob_grad, inputs)
+        torch.library.opcheck(_operators.linear_logprob_grad.overload, inputs)
 
 
 def test_dynamic_shapes_compile_once(device):

@@ -13,6 +13,8 @@ from checkpoints import locked
 from test_train_dpo import ROWS, command, losses_of, write
 from tiny_llama import save_tiny_llama, save_tokenizer
 
+from dpo_triton import _backends
+
 for package in ("transformers", "peft", "safetensors", "tqdm", "matplotlib"):
     pytest.importorskip(package)
 
@@ -246,6 +248,7 @@ def test_an_option_that_cannot_be_served_is_refused_before_any_work(
     if torch.cuda.is_available():
         pytest.skip("a GPU serves Triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(_backends, "_resolved", _backends._resolved.__wrapped__)
     monkeypatch.setattr(train_dpo, "prepare", lambda args: pytest.fail("worked"))
     assert expected in refused(command(tiny, data, tmp_path / "out", *more), capsys)
 

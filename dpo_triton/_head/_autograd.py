@@ -107,8 +107,7 @@ class LinearLogprob(torch.autograd.Function):
         else:
             needed = (hidden, weight, bias, tokens.labels, softmax, kept, symbols)
         ctx.save_for_backward(tokens.cu_seqlens, weights, lengths, *needed)
-        # The backward pass reads lengths: whoever asks for them gets a copy.
-        results = scores(request, values, lengths.clone(), logps, stats)
+        results = scores(request, values, lengths, logps, stats)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
         return results
 

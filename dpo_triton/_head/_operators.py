@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._backends import resolve_backend
-from .._ops import SCALING, TOKENS, register, scaling_of
+from .._ops import SCALING, TOKENS, Operator, scaling_of
 from .._records import Columns, Combined, Scored, Tokens, sum_dtype
 from ._tiles import Plan, Weights
 from .backward import Saved, head_backward
@@ -80,13 +80,13 @@ def _fake_linear_logprob_grad(
     )
 
 
-linear_logprob = register(
+linear_logprob = Operator(
     f"linear_logprob({_HEAD}, {TOKENS}, {SCALING}, str reduction, str[] stats, {_PLAN})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_logprob,
     _fake_linear_logprob,
 )
-linear_logprob_grad = register(
+linear_logprob_grad = Operator(
     f"linear_logprob_grad(Tensor grad_logps, {_HEAD}, Tensor labels, Tensor weights, bool shift, "
     f"Tensor softmax, Tensor kept, {SCALING}, {_PLAN}) -> (Tensor, Tensor, Tensor)",
     _linear_logprob_grad,
@@ -129,7 +129,7 @@ def count_flops() -> None:
         (linear_logprob, _forward_flops),
         (linear_logprob_grad, _backward_flops),
     ):
-        packet = operator.overloadpacket
+        packet = operator.overload.overloadpacket
         counted = register_flop_formula(packet, get_raw=True)(_of_shapes(formula))
         for mode in _get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)

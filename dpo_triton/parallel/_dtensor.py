@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .._autograd import Logits, is_dtensor
+from .._autograd import Logits, have_dtensor
 from .._head import Head
 from .._records import Tokens, VocabShard
 
@@ -20,7 +20,7 @@ def local_logits(
 ) -> tuple[Logits, Tokens, VocabShard | None]:
     """The arguments as plain tensors, and the shard that DTensor logits are."""
     logits: Any = source.logits
-    if not is_dtensor(logits):
+    if not _is_dtensor(logits):
         return source, tokens, shard
     _refuse_both(shard)
     if _placements(logits) != [f"S({logits.ndim - 1})"]:
@@ -34,18 +34,18 @@ def local_head(
     head: Head, tokens: Tokens, shard: VocabShard | None
 ) -> tuple[Head, Tokens, VocabShard | None]:
     """The arguments as plain tensors: the rows of a head that are here, or all of it, gathered."""
-    if not any(is_dtensor(tensor) for tensor in head.tensors):
+    if not have_dtensor(head.tensors):
         return head, tokens, shard
     _refuse_both(shard)
     hidden: Any = head.hidden
     parts: dict[str, Any] = {"weight": head.weight, "bias": head.bias}
-    if is_dtensor(hidden):
+    if _is_dtensor(hidden):
         if _placements(hidden) != ["R"]:
             raise _not_served("hidden", hidden)
         for name, tensor in parts.items():
             if tensor is None:
                 continue
-            if not is_dtensor(tensor) or _placements(tensor) != ["S(0)"]:
+            if not _is_dtensor(tensor) or _placements(tensor) != ["S(0)"]:
                 raise _not_served(name, tensor)
             if tensor.device_mesh != hidden.device_mesh:
                 raise ValueError(
@@ -60,10 +60,14 @@ def local_head(
         for name, tensor in parts.items():
             if tensor is None:
                 continue
-            if not is_dtensor(tensor) or set(_placements(tensor)) - {"R"} != {"S(0)"}:
+            if not _is_dtensor(tensor) or set(_placements(tensor)) - {"R"} != {"S(0)"}:
                 raise _not_served(name, tensor)
             parts[name] = _gathered(tensor)
     return head._replace(**parts), tokens, shard
+
+
+def _is_dtensor(tensor: object) -> bool:
+    return have_dtensor((tensor,))
 
 
 def _placements(tensor: Any) -> list[str]:
@@ -99,7 +103,7 @@ def _replicated(tokens: Tokens) -> Tokens:
     local: dict[str, Any] = {}
     for name in ("labels", "mask", "cu_seqlens"):
         tensor: Any = getattr(tokens, name)
-        if is_dtensor(tensor):
+        if _is_dtensor(tensor):
             if set(_placements(tensor)) != {"R"}:
                 raise ValueError(
                     "labels, mask and cu_seqlens must be plain tensors or replicated DTensors, got "
@@ -139,5 +143,5 @@ def _refuse_both(shard: VocabShard | None) -> None:
 
 
 def _not_served(name: str, tensor: Any, last: int = 2) -> ValueError:
-    got = f"placements {list(tensor.placements)}" if is_dtensor(tensor) else "a plain tensor"
+    got = f"placements {list(tensor.placements)}" if _is_dtensor(tensor) else "a plain tensor"
     return ValueError(f"{name} got {got}; {_SERVED.format(last=last)}")

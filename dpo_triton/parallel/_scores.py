@@ -121,7 +121,7 @@ class _ShardedLogprob(torch.autograd.Function):
         ctx.save_for_backward(logits, tokens.labels, cu_seqlens, partials.weights, lengths, softmax)
         ctx.shift, ctx.scaling, ctx.request, ctx.columns = tokens.shift, scaling, request, columns
         ctx.inplace_backward, ctx.is_overwritten = inplace_backward, False
-        found = scores(request, values, lengths.clone(), logps, token_stats)
+        found = scores(request, values, lengths, logps, token_stats)
         ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
         return found
 
@@ -193,7 +193,7 @@ class _ShardedLinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(tokens.cu_seqlens, weights, lengths, *needed)
         ctx.shift, ctx.scaling, ctx.request = tokens.shift, scaling, request
         ctx.plan, ctx.columns, ctx.peers = plan, columns, peers
-        found = scores(request, values, lengths.clone(), logps, token_stats)
+        found = scores(request, values, lengths, logps, token_stats)
         ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
         return found
 
