@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from bench_programs import quick_peaks, quiet_machine, read_csv  # noqa: F401  (
 import dpo_triton
 from benchmarks import bench_vocab
 from benchmarks.common import command, goals, measure
+from benchmarks.common.command import ROOT
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import BACKWARD, FORWARD
 from benchmarks.vocab import first_call, rows
@@ -246,6 +248,18 @@ def test_a_setting_has_threads_and_a_busy_neighbour_for_a_while():
     assert torch.get_num_threads() == before
     after = os.times()  # of children that have ended
     assert after.children_user + after.children_system > alone.children_user + 0.01
+
+
+def test_a_neighbour_ends_with_the_benchmark():
+    """Though that is killed; the pipe is closed when both are gone."""
+    program = "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+    program += "from benchmarks.common import measure\n"
+    program += "with measure.setting(1, 1): print('in', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", program, str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"in\n"
+        process.kill()
+        assert process.stdout.read() == b""
 
 
 def test_only_what_was_measured_is_drawn(bench, tmp_path, monkeypatch):

@@ -40,7 +40,9 @@ def turns(items: Sequence[T], rounds: int) -> Iterator[T]:
 def setting(threads: int, neighbours: int) -> Iterator[None]:
     """That many threads of PyTorch, beside that many processes which each keep a core busy."""
     before = torch.get_num_threads()
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbours)]
+    # It ends with this process too, however that ends.
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(neighbours)]
     torch.set_num_threads(threads)
     try:
         yield
