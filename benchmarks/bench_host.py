@@ -12,8 +12,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported: interpreted code has no launch
@@ -24,8 +25,11 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.peers import OURS, Peer, collect
-from benchmarks.common.report import BACKWARD, COLOURS, FORWARD, Columns
+from benchmarks.common.command import Run
+from benchmarks.common.peers import OURS, Peer
+from benchmarks.common.report import BACKWARD, FORWARD, shown
+from benchmarks.head.peers import TRL
+from benchmarks.head.peers import candidates as head_candidates
 from benchmarks.host import counts
 from benchmarks.host.parts import PARTS, shares
 from benchmarks.vocab.peers import LIGER, LOG_SOFTMAX, TRL_KERNEL, candidates
@@ -41,86 +45,61 @@ NOTES = """\
 us: of the process's processor time, which other processes disturb little; median of samples, each
   the mean of {calls} calls; p20 - p80 of the samples. of TRL: the median of the ratios, sample by
   sample. The parts are shares of a profile of {profiled} calls, in us: launches are all of Triton's
-  and the driver's Python. log_softmax is the formula this project began with."""
+  and the driver's Python. log_softmax is the formula this project began with.
+operators: of aten, views too. On a CPU TRL's head launches nothing of Triton's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    impl: str
-    passes: str
-    us: float  # median
-    us_p20: float
-    us_p80: float
+    impl: str = shown("implementation")
+    passes: str = shown("pass")
+    us: float = shown("us", "{:.1f}")  # median
+    us_p20: float = shown("p20", "{:.1f}")
+    us_p80: float = shown("p80", "{:.1f}")
     samples: int
-    of_trl: float | None  # median of the ratios to TRL's kernel with its masked mean
-    launches: int  # of Triton kernels in a call
-    launches_us: float
-    checks_us: float
-    autograd_us: float
-    operator_wrappers_us: float
-    allocations_us: float
-    other_python_us: float
-    pytorch_us: float
+    of_trl: float | None = shown("of TRL", "{:.2f}x")  # median of the ratios to TRL's kernel's
+    launches: int = shown("launched")  # Triton kernels in a call
+    launches_us: float = shown("launches", "{:.1f}")
+    checks_us: float = shown("checks", "{:.1f}")
+    autograd_us: float = shown("autograd", "{:.1f}")
+    operator_wrappers_us: float = shown("operator wrappers", "{:.1f}")
+    allocations_us: float = shown("allocations", "{:.1f}")
+    other_python_us: float = shown("other Python", "{:.1f}")
+    pytorch_us: float = shown("PyTorch's own", "{:.1f}")
 
 
 PART_FIELDS = dict(zip(PARTS, list(Row.__dataclass_fields__)[-len(PARTS) :], strict=True))
-COLUMNS = Columns(
-    2,
-    {
-        "implementation": lambda row: row.impl,
-        "pass": lambda row: row.passes,
-        "us": lambda row: f"{row.us:.1f}",
-        "p20 - p80": lambda row: f"{row.us_p20:.1f} - {row.us_p80:.1f}",
-        "of TRL": lambda row: report.optional("{:.2f}x", row.of_trl),
-        "launched": lambda row: str(row.launches),
-        **{
-            part: lambda row, name=name: f"{getattr(row, name):.1f}"
-            for part, name in PART_FIELDS.items()
-        },
-    },
-)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    command.require_bench_extra(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = measure.machine_name(device)
+    run = Run("bench_host", parse_args, argv, device=device)
+    args = run.args
     with driver(device) as lab:
-        wanted = [p for p in candidates(torch.device("cuda"), "triton") if p.name in NAMES]
-        runnable, not_run = collect(wanted)
-        run = dict(
-            machine=machine,
+        wanted = candidates(torch.device("cuda"), "triton")
+        runnable = run.collect(peer for peer in wanted if peer.name in NAMES)
+        run.announce(
+            *("torch", "triton", "trl", "liger-kernel"),
             driver="a GPU" if device.type == "cuda" else f"stand-in, {TARGET}, nothing executed",
-            **command.versions("torch", "triton", "trl", "liger-kernel"),
-            command=command.command_line("bench_host", argv),
         )
-        command.announce(run, {peer.name: peer.description for peer in runnable})
-        others = measure.OtherLoad()
-        rows = measure_all(runnable, device, lab, args.samples, args.calls)
-        # The head is counted, not timed, and on CPU tensors: where nothing is executed.
-        no_head = args.no_head or device.type == "cuda"
-        head_rows = [] if no_head else counts.count(lab, args.tokens, backend="triton", **HEAD)
-    command.print_not_run(not_run)
-    print("\n" + COLUMNS.table(rows, lambda row: row.passes))
-    print("\n" + NOTES.format(calls=args.calls, profiled=PROFILED))
-    print(f"other processes: {others.share():.0%} of the cores while this ran")
-    stem = report.file_stem(machine)
-    whole = command.is_whole(args, parse_args([]), "samples", "calls", "tokens", "no_head")
-    csv, png = command.output_paths(args, f"host-{stem}", whole)
-    report.write_csv(csv, rows, run)
-    print(f"\nrows: {csv}")
+        cases = [
+            measure_pass(passes, runnable, device, lab, args.samples, args.calls)
+            for passes in PASSES
+        ]
+        head_rows: list[counts.Count] = []
+        if not args.no_head and device.type == "cpu":  # counted on CPU tensors, not timed
+            heads = run.collect(p for p in head_candidates("triton") if p.name in (OURS, TRL))
+            head_rows = counts.count(lab, heads, args.tokens, **HEAD)
+    print("\n" + report.table(*cases))
+    run.conclude(NOTES.format(calls=args.calls, profiled=PROFILED))
     if head_rows:
-        print(
-            f"\nthe head: {args.tokens} tokens, {HEAD}; operators and launches that are started\n"
-        )
-        print(counts.COLUMNS.table(head_rows))
-    if png is not None:
-        plot(png, rows, machine)
-        print(f"plot: {png}")
-    return 0
+        what = "operators and launches that are started"
+        print(f"the head: {args.tokens} tokens, {HEAD}; {what}\n\n{report.table(head_rows)}\n")
+        run.judge("the head", [*counts.judge(head_rows)], "a head")
+    rows = [row for case in cases for row in case]
+    name = f"host-{report.file_stem(run.machine)}"
+    return run.write(name, rows, {"": plot}, {"-head": head_rows})
 
 
 @contextlib.contextmanager
@@ -137,19 +116,18 @@ def driver(device: torch.device) -> Iterator[Lab]:
             yield lab
 
 
-def measure_all(
-    peers: list[Peer], device: torch.device, lab: Lab, samples: int, calls: int
+def measure_pass(
+    passes: str, peers: list[Peer], device: torch.device, lab: Lab, samples: int, calls: int
 ) -> list[Row]:
-    """Time each pass of all peers in turns, then profile it."""
+    """Time a pass of all peers in turns, then profile it."""
     logits = torch.zeros(SHAPE, dtype=torch.bfloat16, device=device)
     labels = torch.zeros(SHAPE[:2], dtype=torch.int64, device=device)
-    mask = torch.ones_like(labels)
+    mask, ones = torch.ones_like(labels), torch.ones(SHAPE[0], device=device)
 
-    def call(peer: Peer, passes: str) -> Callable[[], object]:
+    def call(peer: Peer) -> Callable[[], object]:
         if passes == FORWARD:
             return torch.no_grad()(lambda: peer.fn(logits, labels, mask))
         leaf = logits.clone().requires_grad_()
-        ones = torch.ones(SHAPE[0], device=device)
         return lambda: torch.autograd.grad(peer.fn(leaf, labels, mask), leaf, ones)
 
     def sample(fn: Callable[[], object]) -> float:
@@ -161,55 +139,44 @@ def measure_all(
             fn()
         return 1e6 * (time.process_time() - start) / calls
 
+    fns = {peer.name: call(peer) for peer in peers}
+    launches = {}
+    for name, fn in fns.items():
+        fn()  # compiles
+        lab.records.clear()
+        fn()
+        launches[name] = len(lab.records)
+    us: dict[str, list[float]] = {name: [] for name in fns}
+    for name in measure.turns(list(fns), samples):
+        us[name].append(sample(fns[name]))
+    theirs = us.get(TRL_KERNEL)
     rows = []
-    for passes in PASSES:
-        fns = {peer.name: call(peer, passes) for peer in peers}
-        launches = {}
-        for name, fn in fns.items():
-            fn()  # compiles
-            lab.records.clear()
-            fn()
-            launches[name] = len(lab.records)
-        us: dict[str, list[float]] = {name: [] for name in fns}
-        for turn in range(samples):
-            names = list(fns)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                us[name].append(sample(fns[name]))
-        for name, fn in fns.items():
-            mine, theirs = us[name], us.get(TRL_KERNEL)
-            ratios = [a / b for a, b in zip(mine, theirs, strict=True)] if theirs else []
-            median = statistics.median(mine)
-            parts = {PART_FIELDS[part]: s * median for part, s in shares(fn, PROFILED).items()}
-            lab.records.clear()
-            rows.append(
-                Row(
-                    impl=name,
-                    passes=passes,
-                    us=median,
-                    us_p20=statistics.quantiles(mine, n=5)[0],
-                    us_p80=statistics.quantiles(mine, n=5)[-1],
-                    samples=samples,
-                    of_trl=statistics.median(ratios) if ratios else None,
-                    launches=launches[name],
-                    **parts,
-                )
+    for name, mine in us.items():
+        median, fifths = statistics.median(mine), statistics.quantiles(mine, n=5)
+        parts = shares(fns[name], PROFILED)
+        lab.records.clear()
+        rows.append(
+            Row(
+                impl=name,
+                passes=passes,
+                us=median,
+                us_p20=fifths[0],
+                us_p80=fifths[-1],
+                samples=samples,
+                of_trl=theirs and statistics.median(map(truediv, mine, theirs)),
+                launches=launches[name],
+                **{PART_FIELDS[part]: share * median for part, share in parts.items()},
             )
+        )
     return rows
 
 
-def plot(path: Path, rows: list[Row], machine: str) -> None:
+def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     """Draw a bar for each implementation and pass, of its parts."""
     names = [f"{row.impl}\n{row.passes}" for row in rows]
-    left = [0.0] * len(rows)
-    with report.drawing(path, f"host time of a call\n{machine}", figsize=(10, 5)) as (figure, axes):
-        for i, (part, name) in enumerate(PART_FIELDS.items()):
-            widths = [getattr(row, name) for row in rows]
-            colour = COLOURS[i] if i < len(COLOURS) else f"C{i}"
-            axes[0].barh(names, widths, left=left, label=part, color=colour)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes[0].invert_yaxis()
-        axes[0].set_xlabel("us of a call, parts by a profile")
-        figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    parts = {part: [getattr(r, name) for r in rows] for part, name in PART_FIELDS.items()}
+    title = f"host time of a call\n{machine}"
+    report.draw_bars(path, title, names, parts, "us of a call, parts by a profile")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -218,10 +185,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=20, help="of a sample")
     parser.add_argument("--tokens", type=int, default=1024, help="of the head that is counted")
     parser.add_argument("--no-head", action="store_true", help="count no operators of the head")
-    args = command.check(parser.parse_args(argv), parser)
-    if min(args.samples, args.calls) < 2 or args.tokens < 2:
-        parser.error("--samples, --calls and --tokens must be 2 or more")
-    return args
+    return command.check(parser.parse_args(argv), parser, samples=2, calls=2, tokens=2)
 
 
 if __name__ == "__main__":

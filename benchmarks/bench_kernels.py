@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported: interpreted code has no PTX
@@ -19,9 +21,10 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command
-from benchmarks.common.peers import brief, collect
-from benchmarks.common.report import Figures, file_stem, write_csv
-from benchmarks.kernel import model, published, rows, whole
+from benchmarks.common.command import Run
+from benchmarks.common.peers import brief
+from benchmarks.common.report import Figures, aligned, file_stem
+from benchmarks.kernel import measure, model, rows, whole
 from benchmarks.kernel.counts import (
     ALL,
     CASES,
@@ -39,6 +42,7 @@ from benchmarks.kernel.counts import (
     read_loop,
 )
 from benchmarks.kernel.peers import KernelPeer, candidates
+from gpu_lab import published
 from gpu_lab.devices import DEVICES, Device
 from gpu_lab.driver import emulate
 
@@ -50,42 +54,44 @@ MODELLED_CASES = (ALL, HALF_SHIFT)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    command.require_bench_extra(args, "tqdm")
-    dtype = getattr(torch, args.dtype)
-    if torch.cuda.is_available():
-        peers, not_run = collect(candidates(dtype))
-        return measure_gpu(args, argv, peers, not_run)
-    with emulate(args.target[0]):  # some peers ask for a GPU when they are imported
-        peers, not_run = collect(candidates(dtype))
-    run = run_facts(argv, args)
-    command.announce(run, {peer.name: peer.description for peer in peers})
+    has_gpu = torch.cuda.is_available()
+    device = measure.DEVICE if has_gpu else torch.device("cpu")
+    run = Run("bench_kernels", parse_args, argv, "tqdm", device=device)
+    args, dtype = run.args, getattr(torch, run.args.dtype)
+    # Some peers ask for a GPU when they are imported.
+    with nullcontext() if has_gpu else emulate(args.target[0]):
+        peers = run.collect(candidates(dtype))
+    facts = dict(vocab_size=args.vocab, dtype=args.dtype)
+    packages = ("torch", "triton", "trl", "liger-kernel")
+    if has_gpu:
+        wrong = measure.complaints(peers, args.vocab, dtype)
+        if wrong:
+            return run.refuse(wrong)
+        figures, copy = measure.rows(peers, args.vocab, dtype, args.quick)
+        run.announce(*packages, **facts, copy_gb_per_s=f"{copy:.1f}")
+        print(f"\nmeasured on {run.machine}; V = {args.vocab}, {args.dtype}")
+        print(measure.table(figures))
+        of_calls = measure.whole_rows(peers, dtype, args.quick)
+        print(f"\nwhole calls, {args.dtype}\n{measure.whole_table(of_calls)}")
+        run.conclude()
+        return run.write(f"kernels-{file_stem(run.machine)}", [*figures, *of_calls])
 
-    figures, wrong = count_all(args, dtype, peers, not_run)
+    run.announce(*packages, **facts)
+    figures, wrong = count_all(run, dtype, peers)
     if wrong:
-        return command.refuse(wrong, "nothing is reported")
-    command.print_not_run(not_run)
+        return run.refuse(wrong, "nothing is reported")
     print_tables(figures, args)
-    path, png = output_paths(args, "kernels-modelled")
-    write_csv(path, figures, run)
-    print(f"\nrows: {path}")
-    if png is not None:
-        title = f"Triton kernels, V = {args.vocab}, {args.dtype}: counted in an emulator, modelled"
-        rows.plot(png, figures, str(ALL), f"{title}; not measured")
-        print(f"plot: {png}")
-    return 0
+    run.conclude("counted in an emulator, read in machine code, or modelled: nothing was measured")
+    title = f"Triton kernels, V = {args.vocab}, {args.dtype}: counted in an emulator, modelled"
+    draw = partial(rows.plot, case=str(ALL), title=f"{title}; not measured")
+    return run.write("kernels-modelled", figures, {"": draw})
 
 
-def count_all(
-    args: argparse.Namespace,
-    dtype: torch.dtype,
-    peers: list[KernelPeer],
-    not_run: dict[str, str],
-) -> tuple[Figures, list[str]]:
-    """Return the figures of everybody, and what is wrong. A peer that fails moves to not_run."""
+def count_all(run: Run, dtype: torch.dtype, peers: list[KernelPeer]) -> tuple[Figures, list[str]]:
+    """Return the figures of everybody, and what is wrong. A peer that fails is not run."""
     from tqdm import tqdm
 
+    args = run.args
     generator = torch.Generator().manual_seed(args.seed)
     shape = (BATCH, QUICK_SEQ_LEN if args.quick else SEQ_LEN, args.vocab)
     logits = torch.randn(shape, generator=generator).mul_(3).to(dtype)
@@ -107,7 +113,7 @@ def count_all(
             except Exception as error:
                 if peer.ours:
                     raise
-                not_run[peer.name] = brief(error)
+                run.not_run[peer.name] = brief(error)
                 continue
             figures += new
             wrong += complaints
@@ -171,51 +177,8 @@ def print_tables(figures: Figures, args: argparse.Namespace) -> None:
     print("\nthe whole time of a call, modelled\n")
     print(whole.table(figures), whole.NOTES, sep="\n\n")
     print("\nthe model beside published times\n")
-    print(published.COLUMNS.table(published.checks()[: 1 if args.quick else None]))
-
-
-def measure_gpu(
-    args: argparse.Namespace, argv: list[str], peers: list[KernelPeer], not_run: dict[str, str]
-) -> int:
-    """Time what is otherwise counted, and print and write the rows."""
-    from benchmarks.common.measure import machine_name
-    from benchmarks.kernel import measure
-
-    dtype = getattr(torch, args.dtype)
-    machine = machine_name(measure.DEVICE)
-    wrong = measure.complaints(peers, args.vocab, dtype)
-    if wrong:
-        return command.refuse(wrong)
-    figures, copy = measure.rows(peers, args.vocab, dtype, args.quick)
-    run = run_facts(argv, args) | dict(machine=machine, copy_gb_per_s=f"{copy:.1f}")
-    command.announce(run, {peer.name: peer.description for peer in peers})
-    command.print_not_run(not_run)
-    print(f"\nmeasured on {machine}; V = {args.vocab}, {args.dtype}")
-    print(measure.table(figures))
-    of_calls = measure.whole_rows(peers, dtype, args.quick)
-    print(f"\nwhole calls, {args.dtype}\n{measure.whole_table(of_calls)}")
-    figures += of_calls
-    path, _ = output_paths(args, f"kernels-{file_stem(machine)}")
-    write_csv(path, figures, run)
-    print(f"\nrows: {path}")
-    return 0
-
-
-def run_facts(argv: list[str], args: argparse.Namespace) -> dict[str, str]:
-    """What all rows of a run share."""
-    return dict(
-        vocab_size=str(args.vocab),
-        dtype=args.dtype,
-        seed=str(args.seed),
-        **command.versions("torch", "triton", "trl"),
-        liger=command.version("liger-kernel"),
-        command=command.command_line("bench_kernels", argv),
-    )
-
-
-def output_paths(args: argparse.Namespace, name: str) -> tuple[Path, Path | None]:
-    whole = command.is_whole(args, parse_args([]), "quick", "vocab", "dtype", "target")
-    return command.output_paths(args, name, whole)
+    checks = published.checks()[: 1 if args.quick else None]
+    print(aligned([published.HEADINGS, *(check.cells() for check in checks)], 3))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -228,9 +191,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--target", nargs="+", choices=["sm_80", "sm_90", "sm_100"], default=TARGETS
     )
     parser.add_argument("--quick", action="store_true", help="a few rows, one target")
-    args = command.check(parser.parse_args(argv), parser)
-    if args.vocab < 2:
-        parser.error(f"--vocab must be 2 or more, got {args.vocab}")
+    args = command.check(parser.parse_args(argv), parser, vocab=2)
     if args.quick:
         args.target = args.target[:1]
     return args

@@ -7,6 +7,7 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,14 +15,16 @@ import torch
 if not __package__:  # a script: the checkout's packages, and none of benchmarks/ at the top level
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import command, goals, measure, peers, report
-from benchmarks.common.cases import Session
+from benchmarks.common import command, measure, report
+from benchmarks.common.cases import Case, measure_all
+from benchmarks.common.check import check_batches, complaints
+from benchmarks.common.command import Run
 from benchmarks.common.peers import OURS, Peer, Place
 from benchmarks.common.report import BACKWARD, FORWARD
-from benchmarks.head import cases, model, rows
-from benchmarks.head.cases import Shape
+from benchmarks.head import model, rows
+from benchmarks.head.cases import Shape, check_batch, make_batch, rows_of
 from benchmarks.head.peers import FORMULA, candidates
-from benchmarks.head.rows import FROZEN, SHARE, TRAINED, Row
+from benchmarks.head.rows import FROZEN, SHARE, TRAINED
 
 # 2048 tokens, but where V is so large that a batch of them would take minutes on two cores.
 SHAPES = {
@@ -52,114 +55,70 @@ MODES = [(FORWARD, TRAINED), (BACKWARD, TRAINED), (BACKWARD, FROZEN)]
 QUICK_SEQ_LEN = 16
 MODELLED = (896, 151936)  # H and V of Qwen2.5-0.5B: what today's vocabularies come to
 
-Case = tuple[Shape, torch.dtype, float, str, str]  # and share, passes, head
+Plan = list[tuple[Shape, torch.dtype, list[float]]]  # a model's shape, and shares of rows scored
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    command.require_bench_extra(args, "tqdm")
-    device = torch.device(args.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)
+    run = Run("bench_linear", parse_args, argv, "tqdm")
     measure.map_buffers()
-    runnable, not_run = peers.collect(candidates(args.backend))
+    args, device = run.args, run.device
+    runnable = run.collect(candidates(args.backend))
     by_name = {peer.name: peer for peer in runnable}
-    dtypes = [torch.float32, torch.bfloat16]
-    wrong = cases.complaints(by_name[OURS], by_name[FORMULA], dtypes, device)
+    checked = check_batches(check_batch, [torch.float32, torch.bfloat16], device)
+    wrong = complaints([by_name[OURS]], by_name[FORMULA], checked, device)
     if wrong:
-        return command.refuse(wrong)
+        return run.refuse(wrong)
 
-    machine = measure.machine_name(device)
-    run: dict[str, str | int | float] = dict(
-        machine=machine,
-        torch=torch.__version__,
-        **command.versions("triton", "trl", "liger-kernel"),
-        seed=args.seed,
-        command=command.command_line("bench_linear", argv),
+    run.announce("torch", "triton", "numba", "trl", "liger-kernel")
+    plan = [one for one in plan_of(args) if has_room(one[0], device)]
+    total = len(MODES) * sum(len(shares) for _, _, shares in plan)
+    found = measure_all(
+        run, make_cases(plan, args.quick, args.seed, runnable, device), total, rows_of
     )
-    command.announce(run, {peer.name: peer.description for peer in runnable})
-    others = measure.OtherLoad()
-    measured, failures = measure_all(args, device, runnable)
-    command.print_not_run(not_run, failures)
-    print("", rows.NOTES, sep="\n")
-    print(f"other processes: {others.share():.0%} of the cores while this ran", end="\n\n")
+    run.conclude(rows.NOTES)
 
     hidden_size, vocab_size = MODELLED
     modelled = model.modelled(
         "Qwen2.5-0.5B", hidden_size, vocab_size, SHARES, {TRAINED: False, FROZEN: True}
     )
     print(f"modelled for a GPU, not measured: H = {hidden_size}, V = {vocab_size}")
-    print(model.COLUMNS.table(modelled), model.NOTES, sep="\n", end="\n\n")
-
+    print(report.table(modelled), model.NOTES, sep="\n", end="\n\n")
     heading = f"{HEADLINE}, float32, forward + backward; errors: all"
-    print(goals.text(heading, rows.judge(measured, HEADLINE), HEADLINE))
-    csv, png = output_paths(args, machine)
-    report.write_csv(csv, measured, run)
-    modelled_csv = csv.with_name(csv.stem + "-modelled.csv")
-    report.write_csv(modelled_csv, modelled, {"trl": model.TRL_VERSION})
-    print(f"\nrows: {csv}")
-    if png is not None:
-        rows.plot(png, measured, machine)
-        print(f"plot: {png}")
-    return 0
+    run.judge(heading, rows.judge(found, HEADLINE), HEADLINE)
+    name = f"linear-{report.file_stem(run.machine)}"
+    return run.write(name, found, {"": rows.plot}, {"-modelled": modelled})
 
 
-def measure_all(
-    args: argparse.Namespace, device: torch.device, runnable: list[Peer]
-) -> tuple[list[Row], dict[str, list[str]]]:
-    """Return a row for each implementation in each case, and what failed -> in which cases.
-
-    The rows of a model and dtype are printed when they are done.
-    """
-    from tqdm import tqdm
-
-    def is_judged(case: Case) -> bool:
-        shape, dtype, share, passes, head = case
-        at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BACKWARD)
-        return at_headline and (share, head) in rows.JUDGED
-
-    def peers_at(case: Case) -> list[Peer]:
-        _, _, share, passes, head = case
-        is_headline = is_judged(case) and (share, head) == rows.JUDGED[0]
-        place = Place(is_headline, passes == BACKWARD, all_scored=share == 1)
-        return [peer for peer in runnable if peer.serves(place)]
-
-    def rounds_at(case: Case) -> int:
-        is_repeated = is_judged(case) or device.type == "cuda"
-        return ROUNDS if is_repeated and not args.quick else OTHER_ROUNDS
-
-    plan = [one for one in plan_of(args) if has_room(one[0], device)]
-    every_case = [
-        (shape, dtype, share, *mode)
-        for shape, dtype, shares in plan
-        for share in shares
-        for mode in MODES
-    ]
-    steps = sum((1 + rounds_at(case)) * len(peers_at(case)) for case in every_case)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    every: list[Row] = []
-    with tqdm(total=steps, unit="run", leave=False) as progress:
-        session = Session(device, progress.update, warms_up=False)
-        for shape, dtype, shares in plan:
-            new: list[Row] = []
-            for batch in cases.make_batches(shape, dtype, shares, generator):
-                for passes, head in MODES:
-                    progress.set_description(f"{batch}, {passes}")
-                    case = (shape, dtype, batch.share, passes, head)
-                    new += cases.measure_case(
-                        session, batch, passes, head, peers_at(case), rounds_at(case)
-                    )
-            sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
-            heading = f"\n{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens"
-            tqdm.write(f"{heading}\n{rows.table(new)}", file=sys.stdout)
-            every += new
-    return every, session.failures
+def make_cases(
+    plan: Plan, quick: bool, seed: int, peers: list[Peer], device: torch.device
+) -> Iterator[Case]:
+    """Yield a case for each shape, dtype, share and mode."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for shape, dtype, shares in plan:
+        batch = make_batch(shape, dtype, generator)
+        sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
+        group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
+        for scored in map(batch.scoring, shares):
+            for passes, head in MODES:
+                at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BACKWARD)
+                is_judged = at_headline and (scored.share, head) in rows.JUDGED
+                is_quoted = is_judged and (scored.share, head) == rows.JUDGED[0]
+                is_repeated = (is_judged or device.type == "cuda") and not quick
+                place = Place(is_quoted, passes == BACKWARD, all_scored=scored.share == 1)
+                yield Case(
+                    group=group,
+                    batch=scored,
+                    passes=passes,
+                    peers=[peer for peer in peers if peer.serves(place)],
+                    rounds=ROUNDS if is_repeated else OTHER_ROUNDS,
+                    min_run_s=None,
+                    trains_weight=head == TRAINED,
+                )
 
 
-def plan_of(args: argparse.Namespace) -> list[tuple[Shape, torch.dtype, list[float]]]:
-    """What is measured: a model's shape, a dtype, and the shares of rows scored."""
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What is measured."""
     shapes = [{**SHAPES, **GPU_SHAPES}[name] for name in args.model]
     if args.quick:
         shapes = [dataclasses.replace(s, seq_len=min(s.seq_len, QUICK_SEQ_LEN)) for s in shapes]
@@ -180,11 +139,6 @@ def has_room(shape: Shape, device: torch.device) -> bool:
         return True
     print(f"left out: {shape.name} needs {(of_truth + of_logits) / 2**30:.0f} GiB of memory")
     return False
-
-
-def output_paths(args: argparse.Namespace, machine: str) -> tuple[Path, Path | None]:
-    whole = command.is_whole(args, parse_args([]), "quick", "model", "share")
-    return command.output_paths(args, f"linear-{report.file_stem(machine)}", whole)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

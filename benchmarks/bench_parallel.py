@@ -6,7 +6,7 @@ over 1 to 64 GPUs are modelled.
 """
 
 import argparse
-import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +20,8 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
 from processes import run_processes
 
 from benchmarks.common import command
-from benchmarks.common.report import COLOURS, MARKERS, aligned, drawing, log_axes, write_csv
+from benchmarks.common.command import Run
+from benchmarks.common.report import BACKWARD, Figure, Figures, Line, draw_lines, drawing
 from benchmarks.parallel import ways
 from benchmarks.parallel.model import GPUS_OF_A_MACHINE, Step, cost, seconds
 
@@ -30,34 +31,20 @@ NAMES = list(ways.WAYS)
 ALLOWED = 0.02
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    impl: str
-    ranks: int
-    quantity: str
-    unit: str
-    value: float
-    how: str  # "measured", "counted" or "modelled"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    command.require_bench_extra(args)
+    run = Run("bench_parallel", parse_args, argv)
+    args = run.args
     batch = ways.Batch(4, args.tokens, 64, args.vocab, 0.5, args.seed)
-    run = dict(
-        vocab_size=str(args.vocab),
-        tokens=str(batch.batch * batch.seq_len),
-        hidden_size=str(batch.hidden_size),
-        modelled_step=str(Step()),
-        seed=str(args.seed),
-        **command.versions("torch"),
-        command=command.command_line("bench_parallel", argv),
+    run.descriptions |= ways.DESCRIPTIONS
+    run.announce(
+        "torch",
+        vocab_size=args.vocab,
+        tokens=batch.batch * batch.seq_len,
+        hidden_size=batch.hidden_size,
+        modelled_step=Step(),
     )
-    command.announce(run, ways.DESCRIPTIONS)
-
-    rows: list[Row] = []
+    rows = Figures()
     wrong: list[str] = []
     for size in args.processes:
         ranks = run_processes(ways.measure, size, batch, NAMES)
@@ -69,19 +56,12 @@ def main(argv: list[str] | None = None) -> int:
             if max(x["error"] for x in of_ranks) > ALLOWED:
                 wrong.append(f"{name}, {size} processes: error {of_ranks[0]['error']:.2g}")
     if wrong:
-        return command.refuse(wrong, "nothing is reported")
+        return run.refuse(wrong, "nothing is reported")
     rows += modelled_rows()
-    print("\n" + table(rows, args.processes, MEASURED))
-    print(f"\nmodelled, not measured: {Step()}\n\n" + table(rows, GPUS, MODELLED))
-
-    whole = command.is_whole(args, parse_args([]), "vocab", "tokens", "processes")
-    path, png = command.output_paths(args, "parallel", whole)
-    write_csv(path, rows, run)
-    print(f"\nrows: {path}")
-    if png is not None:
-        plot(png, rows)
-        print(f"plot: {png}")
-    return 0
+    print(f"\n{table(rows, args.processes, MEASURED)}")
+    print(f"\nmodelled, not measured: {Step()}\n\n{table(rows, GPUS, MODELLED)}")
+    run.conclude("measured and counted on this machine; a time there says nothing of GPUs")
+    return run.write("parallel", rows, {"": plot})
 
 
 MEASURED = (
@@ -102,76 +82,69 @@ MODELLED = (
 )
 
 
-def measured_rows(name: str, size: int, of_ranks: list[dict[str, float]]) -> Iterator[Row]:
+def figure(impl: str, ranks: int, quantity: str, unit: str, value: float, how: str) -> Figure:
+    return Figure(impl, BACKWARD, str(ranks), "", quantity, unit, value, how)
+
+
+def measured_rows(name: str, size: int, of_ranks: list[dict[str, float]]) -> Iterator[Figure]:
     def largest(key: str) -> float:
         return float(max(rank[key] for rank in of_ranks))
 
     num_scored = largest("num_scored")
     error, forward, backward, calls = MEASURED
-    yield Row(name, size, error, "nats", largest("error"), "measured")
-    yield Row(name, size, forward, "bytes", largest("forward") / num_scored, "counted")
-    yield Row(name, size, backward, "bytes", largest("backward") / num_scored, "counted")
-    yield Row(name, size, calls, "", largest("calls"), "counted")
+    yield figure(name, size, error, "nats", largest("error"), "measured")
+    yield figure(name, size, forward, "bytes", largest("forward") / num_scored, "counted")
+    yield figure(name, size, backward, "bytes", largest("backward") / num_scored, "counted")
+    yield figure(name, size, calls, "", largest("calls"), "counted")
 
 
-def modelled_rows() -> Iterator[Row]:
+def modelled_rows() -> Iterator[Figure]:
     step = Step()
-    for name in NAMES:
-        for gpus in GPUS:
-            one = cost(name, step, gpus)
-            times = seconds(one, gpus)
-            values = {
-                "time": (sum(times.values()) * 1e3, "ms"),
-                **{f"time of {part}": (each * 1e3, "ms") for part, each in times.items()},
-                "peak memory": (one.memory_bytes / 2**20, "MiB"),
-                "bytes that leave a GPU, forward": (one.forward_bytes / 2**20, "MiB"),
-                "bytes that leave a GPU, backward": (one.backward_bytes / 2**20, "MiB"),
-                "products": (one.flops / 1e12, "TFLOP"),
-            }
-            for quantity, (value, unit) in values.items():
-                yield Row(name, gpus, quantity, unit, value, "modelled")
+    for name, gpus in itertools.product(NAMES, GPUS):
+        one = cost(name, step, gpus)
+        times = seconds(one, gpus)
+        values = {
+            "time": (sum(times.values()) * 1e3, "ms"),
+            **{f"time of {part}": (each * 1e3, "ms") for part, each in times.items()},
+            "peak memory": (one.memory_bytes / 2**20, "MiB"),
+            "bytes that leave a GPU, forward": (one.forward_bytes / 2**20, "MiB"),
+            "bytes that leave a GPU, backward": (one.backward_bytes / 2**20, "MiB"),
+            "products": (one.flops / 1e12, "TFLOP"),
+        }
+        for quantity, (value, unit) in values.items():
+            yield figure(name, gpus, quantity, unit, value, "modelled")
 
 
-def table(rows: list[Row], ranks: Sequence[int], quantities: Sequence[str]) -> str:
+def table(rows: Figures, ranks: Sequence[int], quantities: Sequence[str]) -> str:
     """A line an implementation and quantity, a column a number of ranks."""
-    lines = [["", "", "", *map(str, ranks)]]
-    for quantity in quantities:
-        for name in NAMES:
-            mine = {r.ranks: r for r in rows if (r.impl, r.quantity) == (name, quantity)}
-            cells = [f"{mine[n].value:.3g}" for n in ranks]
-            lines.append([quantity, name, mine[ranks[0]].unit, *cells])
-    return aligned(lines, 3)
+    cells = {str(n): ("{:.3g}", dict(where=str(n))) for n in ranks}
+    some = Figures(row for row in rows if row.quantity in quantities)
+    return some.pivot({"quantity": "quantity", "way": "impl", "unit": "unit"}, cells)
 
 
-def plot(path: Path, rows: list[Row]) -> None:
+def plot(path: Path, rows: Figures, machine: str) -> None:
     """Draw modelled time, memory and sent bytes over the number of GPUs."""
-
-    def line(name: str, quantities: Sequence[str], gpus: Sequence[int]) -> list[float]:
-        mine = [r for r in rows if r.impl == name and r.quantity in quantities]
-        return [sum(r.value for r in mine if r.ranks == n) for n in gpus]
-
     step = Step()
     title = (
         f"the head of a preference step, forward + backward: {step.num_scored} scored tokens, "
         f"H = {step.hidden_size}, V = {step.vocab_size}, bfloat16, H100: modelled, not measured\n"
         "white: NVLink in one machine; grey: InfiniBand between machines"
     )
-    sent = [quantity for quantity in MODELLED if quantity.startswith("bytes that leave")]
-    panels = (
-        ("modelled ms", ["time"], GPUS),
-        ("modelled peak memory of a GPU, MiB", ["peak memory"], GPUS),
-        ("bytes that leave a GPU, MiB", sent, GPUS[1:]),
-    )
-    with drawing(path, title, num_axes=3, figsize=(15, 5)) as (figure, axes):
-        for axis, (label, quantities, gpus) in zip(axes, panels, strict=True):
-            for name, colour, marker in zip(NAMES, COLOURS, MARKERS, strict=False):
-                values = line(name, quantities, gpus)
-                axis.plot(gpus, values, color=colour, marker=marker, label=name)
-            axis.set_ylabel(label)
+    units = {
+        "modelled ms": ["time"],
+        "modelled peak memory of a GPU, MiB": ["peak memory"],
+        "bytes that leave a GPU, MiB": [q for q in MODELLED if q.startswith("bytes that leave")],
+    }
+
+    def line(name: str, quantities: Sequence[str]) -> Line:
+        values = {n: [rows.value(q, impl=name, where=str(n)) for q in quantities] for n in GPUS}
+        return [(n, sum(some)) for n, some in values.items()]
+
+    panels = {unit: {name: line(name, of) for name in NAMES} for unit, of in units.items()}
+    with drawing(path, title, num_axes=3, figsize=(15, 5)) as axes:
+        draw_lines(axes, panels, "GPUs that share the vocabulary", {n: str(n) for n in GPUS})
+        for axis in axes:
             axis.axvspan(GPUS_OF_A_MACHINE * 1.4, GPUS[-1] * 1.2, color="#f2f2f2", zorder=0)
-        log_axes(axes, GPUS, "GPUs that share the vocabulary")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(NAMES))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -179,7 +152,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--tokens", type=int, default=64, help="of each of four sequences")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
-    args = command.check(parser.parse_args(argv), parser)
+    args = command.check(parser.parse_args(argv), parser, tokens=1)
     if args.vocab < max(args.processes):
         parser.error(f"--vocab must be at least the number of processes, got {args.vocab}")
     return args

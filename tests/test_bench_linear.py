@@ -4,31 +4,25 @@ import dataclasses
 
 import pytest
 import torch
-from bench_programs import quiet_machine, read_csv  # noqa: F401  (a fixture)
+from bench_programs import quick_peaks, quiet_machine, read_csv  # noqa: F401  (fixtures)
 
 import dpo_triton
-from benchmarks import bench_linear
-from benchmarks.common import measure, peers
-from benchmarks.common.cases import Session
+from benchmarks import bench_dpo_step, bench_linear, bench_parallel, bench_vocab
+from benchmarks.common import command, measure, peers
+from benchmarks.common.cases import Case, measure_case
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BACKWARD, FORWARD
-from benchmarks.head import cases, model, rows
-from benchmarks.head.cases import Shape
+from benchmarks.head import model, rows
+from benchmarks.head.cases import Shape, make_batch
 from benchmarks.head.peers import candidates
 from benchmarks.head.rows import FROZEN, TRAINED, Row
 
 
 @pytest.fixture
-def bench(monkeypatch, quiet_machine):  # noqa: F811
+def bench(monkeypatch, quiet_machine, quick_peaks):  # noqa: F811
     """The program on tiny shapes: a vocabulary of more than one tile, and one of less."""
     shapes = (Shape(bench_linear.HEADLINE, 24, 4099, 4, 32), Shape("b", 16, 257, 2, 8))
     monkeypatch.setattr(bench_linear, "SHAPES", {shape.name: shape for shape in shapes})
-
-    def peak_mib(fn, device):  # the real one, tested with bench_vocab, collects garbage each time
-        fn()
-        return 1.0
-
-    monkeypatch.setattr(measure, "peak_mib", peak_mib)
     return bench_linear
 
 
@@ -54,7 +48,7 @@ def test_rows_of_every_case(bench, capsys, tmp_path):
     assert bench.main(["--quick", "--device", "cpu", "--seed", "7", "--csv", str(path)]) == 0
     out, _ = capsys.readouterr()
     found = read_csv(path)
-    run = ["machine", "torch", "triton", "trl", "liger-kernel", "seed", "command"]
+    run = ["machine", "torch", "triton", "numba", "trl", "liger-kernel", "seed", "command"]
     assert list(found[0]) == [field.name for field in dataclasses.fields(Row)] + run
     ours = [row for row in found if row["impl"] == "dpo_triton"]
     shares = [0.25, 0.45, 1.0]
@@ -99,11 +93,11 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven(bench, monkeypatch,
     out, _ = capsys.readouterr()
     assert "not run: broken: RuntimeError: no memory, for the test: 9 times, at first with b" in out
 
-    batch = next(cases.make_batches(bench.SHAPES["b"], torch.float32, [0.5], torch.Generator()))
+    batch = make_batch(bench.SHAPES["b"], torch.float32, torch.Generator())
     ours = Peer("ours", "", lambda: refuse, ours=True)
-    session = Session(torch.device("cpu"), lambda: None)
+    run = command.Run("bench_linear", bench.parse_args, ["--no-plot"])
     with pytest.raises(RuntimeError, match="no memory"):
-        cases.measure_case(session, batch, FORWARD, TRAINED, [ours], 1)
+        measure_case(Case("", batch, FORWARD, [ours], 1, None), run)
 
 
 def test_who_cannot_run_is_named():
@@ -180,14 +174,15 @@ def test_modelled_counts():
 
 
 def test_a_partial_run_does_not_replace_the_whole_one():
-    whole, plot = bench_linear.output_paths(bench_linear.parse_args([]), "AMD EPYC, 2 threads")
-    assert (whole.name, plot.name) == (
-        "linear-amd-epyc-2-threads.csv", "linear-amd-epyc-2-threads.png"
-    )  # fmt: skip
-    quick, _ = bench_linear.output_paths(
-        bench_linear.parse_args(["--quick"]), "AMD EPYC, 2 threads"
-    )
-    assert quick.name == "linear-amd-epyc-2-threads.local.csv"
+    for options, name in (
+        ([], "linear-amd.csv"),
+        (["--model", *bench_linear.SHAPES], "linear-amd.csv"),
+        (["--quick"], "linear-amd.local.csv"),
+        (["--share", "1"], "linear-amd.local.csv"),
+    ):
+        run = command.Run("bench_linear", bench_linear.parse_args, options)
+        csv, plot = run.paths("linear-amd")
+        assert (csv.name, plot.name) == (name, name.replace(".csv", ".png"))
 
 
 def test_on_a_gpu_it_measures_larger_heads_in_bfloat16(monkeypatch, capsys):
@@ -204,3 +199,23 @@ def test_on_a_gpu_it_measures_larger_heads_in_bfloat16(monkeypatch, capsys):
     fits = [shape.name for shape, _, _ in plan if bench_linear.has_room(shape, device)]
     assert fits == ["H896-1k", "H896-8k", "H896-64k", "H4096-1k", "H4096-8k"]
     assert "left out: H4096-64k needs 27 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [bench_vocab, bench_linear, bench_dpo_step, bench_parallel])
+def test_help(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.parse_args(["--help"])
+    assert "--no-plot" in capsys.readouterr().out
+
+
+def test_what_no_benchmark_can_do_is_refused(capsys):
+    for program, options, said in (
+        (bench_linear, ["--device", "mps"], "--device must be a cpu or cuda device, got mps"),
+        (bench_linear, ["--share", "0"], "--share must be in (0, 1]"),
+        (bench_vocab, ["--vocab", "6400", "1"], "--vocab must be 2 or more, got [6400, 1]"),
+        (bench_vocab, ["--sizes", "8x64"], "--sizes must be BxTxV"),
+        (bench_dpo_step, ["--seq-len", "1"], "--seq-len must be 2 or more, got 1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            program.parse_args(options)
+        assert said in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py with commands that stand in for its own, as if there were a GPU."""
+"""tools/gpu_check.py with commands that stand in for its own, as if there were a GPU."""
 
 import os
 import subprocess
@@ -6,11 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
-
-from benchmarks import gpu_check
-from benchmarks.gpu_check import Machine, Step
+from gpu_check import Machine, Step
 
 H100 = Machine("NVIDIA H100 80GB HBM3", 79.2, 16)
 
@@ -71,14 +70,13 @@ def is_running(pid: int) -> bool:
 def test_a_run_that_is_stopped_leaves_what_was_done(tmp_path):
     """The folder's summary says what was running, and a kill ends that."""
     program = (
-        "import pathlib, signal, sys; from benchmarks import gpu_check; "
-        "from benchmarks.gpu_check import Step; "
+        "import pathlib, signal, sys, gpu_check; from gpu_check import Step; "
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); "
         "steps = [Step('first', [sys.executable, '-c', 'print(7)'], 1.0), "
         "Step('second', [sys.executable, '-c', 'import time; time.sleep(60)'], 1.0)]; "
         f"gpu_check.run_all(steps, pathlib.Path({str(tmp_path)!r}), 100, 'title')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(gpu_check.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(gpu_check.ROOT / "tools")}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment)
     summary = tmp_path / "summary.txt"
     deadline = time.monotonic() + 60

@@ -34,50 +34,66 @@ def filled(text: str, root: Path = ROOT) -> str:
 
 def vocab(rows: list[Row]) -> str:
     """Logits to values and back: every vocabulary size, all rows scored, and the worst ratios."""
-    return _vocab(rows, "1")
+    return _vocabulary(rows, "1", "All rows scored")
 
 
 def vocab_half(rows: list[Row]) -> str:
-    return _vocab(rows, "0.5")
+    return _vocabulary(rows, "0.5", "Half of the rows scored")
 
 
-def _vocab(rows: list[Row], share: str) -> str:
-    of = {
-        (row["impl"], row["dtype"], int(row["vocab_size"]), row["passes"]): row
-        for row in rows
-        if row["scored_share"] == share
-    }
-    sizes = sorted({size for _, _, size, _ in of})
-    dtypes = sorted({dtype for _, dtype, _, _ in of})
+def vocab_sizes(rows: list[Row]) -> str:
+    """From the smallest batch to the largest, all rows scored."""
+
+    def case(row: Row) -> Case:
+        shape = f"{row['batch']} x {row['seq_len']} x {row['vocab_size']}"
+        setting = row["threads"] + ", one core busy" * (row["neighbours"] != "0")
+        cells = (shape, row["dtype"], setting)
+        return cells, f"{row['dtype']}, {shape}, threads: {setting}"
+
+    sized = [row for row in rows if row["part"] == "sizes"]
+    headings = ("sequences x tokens x V", "logits", "threads")
+    return _vocab(sized, headings, case, "All rows scored")
+
+
+def _vocabulary(rows: list[Row], share: str, scored: str) -> str:
+    def case(row: Row) -> Case:
+        cells = (row["vocab_size"], row["dtype"])
+        return cells, f"{row['dtype']}, V = {row['vocab_size']}"
+
+    here = [row for row in rows if row.get("part", "vocabulary") == "vocabulary"]
+    here = [row for row in here if row["scored_share"] == share]
+    here.sort(key=lambda row: (int(row["vocab_size"]), row["dtype"]))
+    return _vocab(here, ("V", "logits"), case, scored)
+
+
+Case = tuple[tuple[str, ...], str]  # the cells that name it, and a text that does
+
+
+def _vocab(
+    rows: list[Row], headings: tuple[str, ...], case: Callable[[Row], Case], scored: str
+) -> str:
+    of = {(*case(row), row["impl"], row["passes"]): row for row in rows}
     worst: dict[str, tuple[float, str]] = {}
-
-    def speed(peer: str, dtype: str, size: int, passes: str) -> str:
-        ours = float(of["dpo_triton", dtype, size, passes]["ms"])
-        ratio = float(of[peer, dtype, size, passes]["ms"]) / ours
-        where = f"{ratio:.2f}x ({dtype}, V = {size}, {passes.replace('+', ' + ')})"
-        worst[peer] = min(worst.get(peer, (ratio, where)), (ratio, where))
-        return f"{ratio:.2f}x"
-
     speeds = [f"over {peer}" for peer in VOCAB_PEERS]
     memory = [f"peak MiB, {impl}" for impl in VOCAB_MEMORY]
     lines = _heading(
-        *("V", "logits", "forward, ms", *speeds, "forward + backward, ms", *speeds, *memory),
+        *(*headings, "forward, ms", *speeds, "forward + backward, ms", *speeds, *memory),
         "largest error, nats",
     )
-    for size in sizes:
-        for dtype in dtypes:
-            cells = [str(size), dtype]
-            for passes in ("forward", "forward+backward"):
-                cells.append(_ms(of["dpo_triton", dtype, size, passes]["ms"]))
-                cells += [speed(peer, dtype, size, passes) for peer in VOCAB_PEERS]
-            both = [of[impl, dtype, size, "forward+backward"] for impl in VOCAB_MEMORY]
-            cells += [f"{float(row['peak_mib']):.0f}" for row in both]
-            error = max(
-                float(of["dpo_triton", dtype, size, passes]["value_error"])
-                for passes in ("forward", "forward+backward")
-            )
-            lines.append(_line(*cells, f"{error:.1e}"))
-    scored = "All rows scored" if share == "1" else "Half of the rows scored"
+    for names, where in dict.fromkeys(map(case, rows)):
+        cells, errors = list(names), []
+        for passes in ("forward", "forward+backward"):
+            ours = of[names, where, "dpo_triton", passes]
+            errors.append(float(ours["value_error"]))
+            cells.append(_ms(ours["ms"]))
+            for peer in VOCAB_PEERS:
+                ratio = float(of[names, where, peer, passes]["ms"]) / float(ours["ms"])
+                text = f"{ratio:.2f}x ({where}, {passes.replace('+', ' + ')})"
+                worst[peer] = min(worst.get(peer, (ratio, text)), (ratio, text))
+                cells.append(f"{ratio:.2f}x")
+        both = [of[names, where, impl, "forward+backward"] for impl in VOCAB_MEMORY]
+        cells += [f"{float(row['peak_mib']):.0f}" for row in both]
+        lines.append(_line(*cells, f"{max(errors):.1e}"))
     slowest = ", and ".join(f"{worst[peer][1]} over {peer}" for peer in VOCAB_PEERS)
     worst_case = f"The worst ratios are {slowest}. Below 1x this package is slower."
     return "\n".join([*lines, "", f"{scored}; {_setting(rows[0])}. {worst_case}"])
@@ -122,16 +138,6 @@ def dpo_step(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"{what}; {_setting(first)}."])
 
 
-def trl_step(rows: list[Row]) -> str:
-    lines = _heading("layers", "head", "s per step", "peak MiB", "speed")
-    for row in rows:
-        cells = f"{float(row['seconds']):.2f}", f"{float(row['peak_mib']):.0f}"
-        lines.append(_line(row["layers"], row["head"], *cells, f"{float(row['speedup']):.2f}x"))
-    first = rows[0]
-    what = f"{first['num_tokens']} tokens, {first['num_scored']} of them scored"
-    return "\n".join([*lines, "", f"{what}; {_setting(first)}, TRL {first['trl']}."])
-
-
 def versions(rows: list[Row]) -> str:
     """Which combinations ran, when, and what came of it."""
     lines = _heading(*rows[0])
@@ -141,9 +147,9 @@ def versions(rows: list[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "vocab": vocab,
     "vocab-half": vocab_half,
+    "vocab-sizes": vocab_sizes,
     "head": head,
     "dpo-step": dpo_step,
-    "trl-step": trl_step,
     "versions": versions,
 }
 
@@ -157,7 +163,8 @@ def _line(*cells: str) -> str:
 
 
 def _ms(milliseconds: str) -> str:
-    return f"{float(milliseconds):.1f}"
+    number = float(milliseconds)
+    return f"{number:.1f}" if number >= 1 else f"{number:.3f}"
 
 
 def _setting(row: Row) -> str:

@@ -1,13 +1,9 @@
-"""How far results are from float64 on the same inputs; the check that comes before any timing."""
+"""How far results are from float64 on the same inputs."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-
-CHECK_VOCAB_SIZES = (257, 5003)  # less than a tile, and more
-CHECK_MASK = ((0, 0, 1, 0, 1, 1, 0), (1,) * 7)  # holes
 
 
 def relative_error(grad: Tensor, truth: Tensor) -> float:
@@ -26,12 +22,3 @@ def rounding(x: Tensor, dtype: torch.dtype) -> float:
 def relative_rounding(x: Tensor, dtype: torch.dtype) -> float:
     """The same, relative to that element."""
     return rounding(x, dtype) / float(x.abs().max())
-
-
-def beyond(where: str, budgets: Iterable[tuple[str, float, float]]) -> list[str]:
-    """Return a line for each (what, error, budget) whose error is larger."""
-    return [
-        f"{where}: {what} off by {error:.1e}, at most {budget:.1e} is right"
-        for what, error, budget in budgets
-        if not error <= budget  # NaN is off too
-    ]

@@ -1,6 +1,6 @@
 """What a published run sets out to reach, judged by its rows; what must hold is in the tests."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,10 @@ def at_most(what: str, most: float, value: float, form: str) -> Goal:
     return Goal(what, f"<= {form.format(most)}", form.format(value), value <= most)
 
 
-def no_worse(
-    what: str, rows: Sequence[Any], quantity: str, case: Callable[[Any], Hashable]
-) -> Iterator[Goal]:
+def no_worse(what: str, rows: Sequence[Any], quantity: str) -> Iterator[Goal]:
     """Our errors are nowhere above another's but for what rounding the result can add to any.
 
-    Rows with an `impl` are compared where their cases are equal; `{quantity}_error` is None where
+    Rows with an `impl` are compared where their `case` is equal; `{quantity}_error` is None where
     there is no such error, `{quantity}_rounding` half a unit in the last place of the result.
     """
     excesses = [
@@ -39,7 +37,7 @@ def no_worse(
         for other in rows
         if ours.impl.startswith(OURS)
         and not other.impl.startswith(OURS)
-        and case(ours) == case(other)
+        and ours.case == other.case
         and getattr(ours, f"{quantity}_error") is not None
     ]
     if excesses:

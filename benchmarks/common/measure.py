@@ -6,9 +6,12 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.benchmark import Timer
@@ -22,52 +25,82 @@ HEAP_BYTES = 2**23
 # A lone sample may have met a stall of the machine.
 LEAST_SAMPLES = 3
 
+T = TypeVar("T")
+
+
+def turns(items: Sequence[T], rounds: int) -> Iterator[T]:
+    """Yield all items in each round, each time in another order: threads of one implementation that
+    spin for work slow the next one down."""
+    for turn in range(rounds):
+        first = turn % max(1, len(items))
+        yield from (*items[first:], *items[:first])
+
+
+@contextlib.contextmanager
+def setting(threads: int, neighbours: int) -> Iterator[None]:
+    """That many threads of PyTorch, beside that many processes which each keep a core busy."""
+    before = torch.get_num_threads()
+    # It ends with this process too, however that ends.
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(neighbours)]
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        for process in busy:
+            process.kill()
+            process.wait()
+
 
 def times_ms(
     fn: Callable[[], object],
     device: torch.device,
     *,
-    min_run_s: float,
+    min_run_s: float | None,
     restore: Callable[[], None] | None = None,
 ) -> list[float]:
-    """Return samples of the time of fn, in ms, that add up to min_run_s or more.
+    """Return samples of the time of fn, which has run before, in ms.
 
-    restore, which is not timed, undoes what fn does to its inputs before each sample.
+    Args:
+        min_run_s: what they add up to, or more. None: one call, for those of a second, whose
+            samples are taken in turns with those of others.
+        restore: undoes what fn does to its inputs, before each sample, and is not timed.
     """
-    if device.type == "cuda":
-        return _times_ms_cuda(fn, min_run_s, restore)
-    timer = Timer(
-        "fn()",
-        setup="restore()" if restore else "pass",
-        globals=dict(fn=fn, restore=restore),
-        num_threads=torch.get_num_threads(),
-    )
+
+    def once() -> float:
+        if device.type == "cuda":
+            return _event_ms(fn)
+        start = time.perf_counter()
+        fn()
+        return 1e3 * (time.perf_counter() - start)
+
     map_buffers(HEAP_BYTES)
     try:
-        samples: list[float] = []
-        least_ms = 1e3 * min_run_s
+        if min_run_s is None:
+            return [once()]
         if restore is None:
-            samples = [1e3 * t for t in timer.blocked_autorange(min_run_time=min_run_s).times]
-            least_ms = 0.0  # had already
-        while len(samples) < LEAST_SAMPLES or sum(samples) < least_ms:
-            samples.append(1e3 * timer.timeit(1).times[0])  # one restore, one fn
+            return _in_blocks_ms(fn, device, min_run_s)
+        samples: list[float] = []
+        while len(samples) < LEAST_SAMPLES or sum(samples) < 1e3 * min_run_s:
+            restore()
+            samples.append(once())
         return samples
     finally:
         map_buffers()
 
 
-def time_once_ms(fn: Callable[[], object], device: torch.device) -> float:
-    """Return the time of one call of fn, which has run before, in ms: for calls of a second, whose
-    samples are taken in turns with those of others."""
+def _in_blocks_ms(fn: Callable[[], object], device: torch.device, min_run_s: float) -> list[float]:
+    """Samples of as many calls each as the clock can tell."""
     if device.type == "cuda":
-        return _event_ms(fn)
-    map_buffers(HEAP_BYTES)
-    try:
-        start = time.perf_counter()
-        fn()
-        return 1e3 * (time.perf_counter() - start)
-    finally:
-        map_buffers()
+        from triton.testing import do_bench
+
+        return list(do_bench(fn, rep=int(1e3 * min_run_s), return_mode="all"))
+    timer = Timer("fn()", globals=dict(fn=fn), num_threads=torch.get_num_threads())
+    times = list(timer.blocked_autorange(min_run_time=min_run_s).times)
+    while len(times) < LEAST_SAMPLES:
+        times += timer.timeit(1).times
+    return [1e3 * t for t in times]
 
 
 def _event_ms(fn: Callable[[], object]) -> float:
@@ -79,20 +112,6 @@ def _event_ms(fn: Callable[[], object]) -> float:
     stop.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(stop))
-
-
-def _times_ms_cuda(
-    fn: Callable[[], object], min_run_s: float, restore: Callable[[], None] | None
-) -> list[float]:
-    from triton.testing import do_bench
-
-    if restore is None:
-        return list(do_bench(fn, rep=int(1e3 * min_run_s), return_mode="all"))
-    samples: list[float] = []
-    while sum(samples) < 1e3 * min_run_s:
-        restore()
-        samples.append(_event_ms(fn))
-    return samples
 
 
 def peak_mib(fn: Callable[[], object], device: torch.device) -> float | None:

@@ -28,6 +28,7 @@ class Peer:
     obstacle: str | None = None  # why it cannot run here, whatever is installed
     ours: bool = False
     overwrites_logits: bool = False  # when it is differentiated
+    has_own_loss: bool = False  # fn returns the values and a loss, which alone has gradients
     serves: Callable[[Place], bool] = lambda place: True
 
     @cached_property

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,35 @@ FORWARD = "forward"
 BACKWARD = "forward+backward"
 
 
-class Columns(dict[str, Callable[[Any], str]]):
-    """Heading -> what a row's cell says; the first `num_left` columns stand to the left."""
+def shown(heading: str, form: str = "{}", otherwise: str = "n/a") -> Any:
+    """A field of a row that is a column of the table too.
 
-    def __init__(self, num_left: int, cells: Mapping[str, Callable[[Any], str]]) -> None:
-        super().__init__(cells)
-        self.num_left = num_left
-
-    def table(self, rows: Iterable[Any], case: Callable[[Any], object] = lambda row: None) -> str:
-        """Return rows as aligned text, a blank line between cases."""
-        lines: list[list[str]] = [list(self)]
-        previous = None
-        for row in rows:
-            if case(row) != previous:
-                lines.append([""] * len(self))
-                previous = case(row)
-            lines.append([cell(row) for cell in self.values()])
-        return aligned(lines, self.num_left)
+    Args:
+        form: how a value is written; `otherwise` stands where there is none.
+    """
+    return dataclasses.field(metadata=dict(heading=heading, form=form, otherwise=otherwise))
 
 
-def optional(form: str, value: Any, otherwise: str = "n/a") -> str:
-    """A number by its form, or what stands where there is none."""
-    return otherwise if value is None else form.format(value)
+def table(*cases: Iterable[Any]) -> str:
+    """Return rows of one dataclass as aligned text, words before numbers, a blank line between
+    cases."""
+    filled = [list(case) for case in cases]
+    first = next(row for case in filled for row in case)
+    fields = [field for field in dataclasses.fields(first) if field.metadata]
+    words = [field for field in fields if isinstance(getattr(first, field.name), str)]
+    fields = words + [field for field in fields if field not in words]
+    lines = [[str(field.metadata["heading"]) for field in fields]]
+    for case in filled:
+        lines += [[""] * len(fields)] if len(cases) > 1 else []
+        lines += [[_cell(row, field) for field in fields] for row in case]
+    return aligned(lines, len(words))
+
+
+def _cell(row: Any, field: "dataclasses.Field[Any]") -> str:
+    value = getattr(row, field.name)
+    if value is None:
+        return str(field.metadata["otherwise"])
+    return str(field.metadata["form"].format(value))
 
 
 def aligned(lines: Sequence[Sequence[str]], num_left: int) -> str:
@@ -80,13 +87,37 @@ class Figures(list[Figure]):
         """Return what a column holds, each value once."""
         return list(dict.fromkeys(getattr(figure, name) for figure in self))
 
+    def pivot(self, headings: Mapping[str, str], columns: Mapping[str, "Cell"]) -> str:
+        """Return a table: a line for all figures that share what stands to the left.
+
+        Args:
+            headings: what stands there -> the field of a figure; lines are in its order of values.
+            columns: heading -> which figure of a line, and how it is written; else nothing is.
+        """
+        lines: dict[tuple[str, ...], list[str]] = {}
+        for i, (form, where) in enumerate(columns.values()):
+            for f in self:
+                if all(getattr(f, k) == v for k, v in where.items()):
+                    key = tuple(getattr(f, name) for name in headings.values())
+                    cells = lines.setdefault(key, [""] * len(columns))
+                    cells[i] = cells[i] or form.format(f.value)
+        order = [self.column(name).index for name in headings.values()]
+        keys = sorted(
+            lines, key=lambda key: [at(cell) for at, cell in zip(order, key, strict=True)]
+        )
+        body = [[*key, *lines[key]] for key in keys]
+        return aligned([[*headings, *columns], *body], len(headings))
+
+
+Cell = tuple[str, dict[str, str]]  # a form, and the fields of a figure
+
 
 def file_stem(machine: str) -> str:
     """Return the name of a machine as files carry it."""
     return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
-def write_csv(path: Path, rows: Sequence[Any], run: Mapping[str, str | int | float]) -> None:
+def write_csv(path: Path, rows: Sequence[Any], run: Mapping[str, object]) -> None:
     """Write rows of a dataclass, and beside each what the whole run shares: versions, command."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [field.name for field in dataclasses.fields(rows[0])]
@@ -102,30 +133,66 @@ def write_csv(path: Path, rows: Sequence[Any], run: Mapping[str, str | int | flo
 
 MARKERS = "osD^vPX*"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's: told apart by everybody
+Line = Sequence[tuple[float, float]]
 
 
 @contextlib.contextmanager
 def drawing(path: Path, title: str, *, num_axes: int = 1, **options: Any) -> Iterator[Any]:
-    """Yield matplotlib's figure and an array of axes side by side, and save it as a PNG file."""
+    """Yield matplotlib's figure and an array of axes side by side, and save it as a PNG file.
+
+    The legend of all axes is below them, each name once.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, num_axes, layout="constrained", squeeze=False, **options)
-    yield figure, axes[0]
+    yield axes[0]
+    legends = [axis.get_legend_handles_labels() for axis in axes[0] if axis.get_legend() is None]
+    handles = {name: handle for pair in legends for handle, name in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def log_axes(axes: Iterable[Any], ticks: Sequence[int], label: str, **tick_options: Any) -> None:
-    """Make both scales logarithmic, with these numbers below."""
+def draw_lines(
+    axes: Iterable[Any],
+    panels: Mapping[str, Mapping[str, Line]],
+    label: str,
+    ticks: Mapping[float, str],
+    **tick_options: Any,
+) -> None:
+    """Draw lines over logarithmic axes; points at or below 0 are left out.
+
+    Args:
+        panels: what stands beside an axis -> name of a line -> its points.
+        ticks: numbers below, and how they are written.
+    """
     from matplotlib.ticker import NullLocator
 
-    for axis in axes:
-        axis.set(xscale="log", yscale="log", xlabel=label)
-        axis.set_xticks(ticks, [str(tick) for tick in ticks], **tick_options)
+    for axis, (unit, lines) in zip(axes, panels.items(), strict=True):
+        for i, (name, points) in enumerate(lines.items()):
+            kept = sorted(point for point in points if point[1] > 0)
+            marker = MARKERS[i % len(MARKERS)]
+            axis.plot([x for x, _ in kept], [y for _, y in kept], marker=marker, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
+        axis.set_xticks(list(ticks), list(ticks.values()), **tick_options)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3, which="both")
+
+
+def draw_bars(
+    path: Path, title: str, names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str
+) -> None:
+    """Draw a bar for each name, made of its parts."""
+    left = [0.0] * len(names)
+    with drawing(path, title, figsize=(10, 5)) as (axis,):
+        for i, (part, widths) in enumerate(parts.items()):
+            colour = COLOURS[i] if i < len(COLOURS) else f"C{i}"
+            axis.barh(names, widths, left=left, label=part, color=colour)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.invert_yaxis()
+        axis.set_xlabel(label)

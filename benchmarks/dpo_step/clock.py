@@ -1,7 +1,6 @@
 """The parts of a step, told apart by hooks on the backbones."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,19 +8,7 @@ from torch import Tensor
 from benchmarks.common.peers import Peer
 from benchmarks.dpo_step.batch import Batch
 
-
-@dataclass(frozen=True)
-class Parts:
-    """Seconds of one step."""
-
-    backbones: float
-    head: float
-    head_backward: float
-    backbone_backward: float
-
-    @property
-    def total(self) -> float:
-        return self.backbones + self.head + self.head_backward + self.backbone_backward
+Parts = dict[str, float]  # of one step, in ms, by the name of the row's field
 
 
 class StepClock:
@@ -57,9 +44,10 @@ class StepClock:
 
     def parts(self) -> Parts:
         """Of the last step."""
-        return Parts(
-            self.backbones,
-            self.forward_done - self.start - self.backbones,
-            self.reached - self.forward_done,
-            self.done - self.reached,
+        seconds = dict(
+            backbones_ms=self.backbones,
+            head_ms=self.forward_done - self.start - self.backbones,
+            head_backward_ms=self.reached - self.forward_done,
+            backbone_backward_ms=self.done - self.reached,
         )
+        return {name: 1e3 * each for name, each in seconds.items()}

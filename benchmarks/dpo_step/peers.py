@@ -1,6 +1,9 @@
-"""Three ways from a model and a batch to DPO's loss."""
+"""Four ways from a model and a batch to DPO's loss."""
 
+import contextlib
 import dataclasses
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dpo_triton.integrations.trl as adapter
 from benchmarks.common import token_logps
 from benchmarks.common.peers import OURS, Peer
 from benchmarks.dpo_step.batch import NUM_PAIRS, Batch
 from dpo_triton import fused_linear_seq_logprob, reference
 
-LOGITS, TRL = "logits", "TRL"
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+LOGITS, TRL, TRL_WITH_OURS = "logits", "TRL", f"TRL with {OURS}"
 BETA = 0.1
 
 Sums = Callable[[Any, Batch], Tensor]  # (model, batch) -> (2 * pairs,) log-probabilities, nats
@@ -36,9 +42,18 @@ def candidates(policy: Any, reference_model: Any, tokenizer: Any, folder: str) -
 
         return loss
 
-    def trl() -> Callable[[Batch], Tensor]:
-        trainer = make_trainer(policy, reference_model, tokenizer, folder)
-        return lambda batch: trainer.compute_loss(policy, dataclasses.asdict(batch))
+    @functools.cache
+    def trainer() -> Any:
+        return make_trainer(policy, reference_model, tokenizer, folder)
+
+    def trl(head: Callable[[], Any]) -> Callable[[Batch], Tensor]:
+        trained = trainer()
+
+        def loss(batch: Batch) -> Tensor:
+            with head():
+                return trained.compute_loss(policy, dataclasses.asdict(batch))
+
+        return loss
 
     return [
         StepPeer(
@@ -57,9 +72,16 @@ def candidates(policy: Any, reference_model: Any, tokenizer: Any, folder: str) -
         StepPeer(
             TRL,
             "DPOTrainer.compute_loss, unpatched: its chunked head, its metrics",
-            trl,
+            lambda: trl(contextlib.nullcontext),
             "trl.trainer.dpo_trainer",
             sums=sums_of_trl,
+        ),
+        StepPeer(
+            TRL_WITH_OURS,
+            "the same with dpo_triton.integrations.trl.fused()",
+            lambda: trl(adapter.fused),
+            "trl.trainer.dpo_trainer",
+            sums=sums_of_trl_with_ours,
         ),
     ]
 
@@ -111,6 +133,11 @@ def sums_of_trl(model: Any, batch: Batch) -> Tensor:
     labels = batch.input_ids.masked_fill(batch.completion_mask == 0, -100)
     inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
     return model(batch.input_ids, **inputs, labels=labels, fused_lm_head=True).log_probs.sum(1)
+
+
+def sums_of_trl_with_ours(model: Any, batch: Batch) -> Tensor:
+    with adapter.fused():
+        return sums_of_trl(model, batch)
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import Columns
+from benchmarks.common.report import shown
 from benchmarks.head.peers import TRL
 from dpo_triton._backends import backend_named
 from dpo_triton._head._autograd import TILE_BYTES_ELSEWHERE
@@ -23,20 +23,6 @@ TOKENS = 8192
 BF16, FLOAT32 = 2, 4
 TRL_TILE = (4096, 32768)  # tokens, columns
 TRL_VERSION = "1.16.0"  # that is modelled
-COLUMNS = Columns(
-    2,
-    {
-        "scheme": lambda row: row.scheme,
-        "head": lambda row: row.head,
-        "scored": lambda row: f"{row.scored_share:.0%}",
-        "tiles": lambda row: f"{row.tiles}",
-        "products": lambda row: f"{row.products:.2f}",
-        "launches": lambda row: f"{row.launches_per_token:.4f}",
-        "bytes": lambda row: f"{row.bytes_per_token / 1e6:.2f} MB",
-        "of the tiles": lambda row: f"{row.tile_bytes_per_token / 1e6:.2f} MB",
-        "largest tile": lambda row: f"{row.tile_mib:.0f}",
-    },
-)
 NOTES = f"""\
 products: each scored tokens x H x V multiply-adds, per scored token. launches, bytes: per token.
 of the tiles: bytes that are logits or their gradient. largest tile: MiB.
@@ -44,22 +30,22 @@ One call of {TOKENS} tokens, bfloat16; every operand of a launch crosses the mem
 nothing stays in a cache. Launches per tile alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelledRow:
     """Forward + backward of one scheme, modelled."""
 
-    scheme: str
+    scheme: str = shown("scheme")
+    head: str = shown("head")
     model: str
     hidden_size: int
     vocab_size: int
-    head: str
-    scored_share: float
-    tiles: int
-    products: float  # per scored token
-    launches_per_token: float
-    bytes_per_token: float
-    tile_bytes_per_token: float  # of them: logits and their gradient
-    tile_mib: float
+    scored_share: float = shown("scored", "{:.0%}")
+    tiles: int = shown("tiles")
+    products: float = shown("products", "{:.2f}")  # per scored token
+    launches_per_token: float = shown("launches", "{:.4f}")
+    bytes_per_token: float = shown("bytes", "{:.0f}")
+    tile_bytes_per_token: float = shown("of the tiles", "{:.0f}")  # logits and their gradient
+    tile_mib: float = shown("largest tile", "{:.0f}")
     source: str = "modelled"
 
 

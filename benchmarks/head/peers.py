@@ -1,12 +1,13 @@
-"""This package's head and its peers', each as (hidden, weight, labels, mask) -> (values, loss).
+"""This package's head and its peers', each as (hidden, weight, labels, mask) -> values.
 
 hidden are (B, T, H) with B even, chosen sequences before rejected ones, weight (V, H), labels
-(B, T) int64, mask (B, T) int64 of 0 and 1. The values are mean log-probabilities, (B,), in nats;
-the loss is SimPO's of them (Meng et al. 2024, arXiv:2405.14734, eq. 6), a differentiable scalar.
-There is a loss because Liger's head gives nothing else that has a gradient.
+(B, T) int64, mask (B, T) int64 of 0 and 1. The values are mean log-probabilities, (B,), in nats and
+differentiable. Gradients are those of SimPO's loss of them (Meng et al. 2024, arXiv:2405.14734,
+eq. 6): Liger's head gives that loss beside the values, and nothing else that has a gradient.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from benchmarks.common.token_logps import masked_mean, module
 
 BETA, GAMMA = 2.0, 0.5  # of SimPO
 
-Head = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # A head on rows: (hidden (N, H), weight, labels (N,), counted (N,) bool) -> logps (N,), where a row
 # that does not count may have any.
 Rows = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -31,17 +32,14 @@ TRL_MODULE = "trl.trainer.utils"
 
 
 def candidates(backend: str) -> list[Peer]:
-    def ours() -> Head:
-        def fn(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-            return dpo_triton.fused_linear_seq_logprob(
-                hidden, weight, labels, mask, backend=backend
-            )
-
-        return _with_loss(fn)
-
     linear = "linear_cross_entropy"
     return [
-        Peer(OURS, "fused_linear_seq_logprob(hidden, weight, labels, mask)", ours, ours=True),
+        Peer(
+            OURS,
+            "fused_linear_seq_logprob(hidden, weight, labels, mask)",
+            lambda: partial(dpo_triton.fused_linear_seq_logprob, backend=backend),
+            ours=True,
+        ),
         Peer(
             FORMULA_SCORED,
             "the formula on the scored rows alone: the floor of the arithmetic",
@@ -93,6 +91,7 @@ def candidates(backend: str) -> list[Peer]:
             "liger_kernel's LigerFusedLinearSimPOLoss, not compiled",
             _liger,
             "liger_kernel.chunked_loss.simpo_loss",
+            has_own_loss=True,
         ),
         Peer(
             "Liger cross entropy",
@@ -109,20 +108,12 @@ def simpo(values: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected) - GAMMA).mean()
 
 
-def _with_loss(values: Callable[..., Tensor]) -> Head:
-    def fn(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        result = values(*inputs)
-        return result, simpo(result)
-
-    return fn
-
-
 def _on_all_rows(rows: Rows) -> Head:
     def fn(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         logps = rows(hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten() != 0)
         return masked_mean(logps.view(labels.shape), mask)
 
-    return _with_loss(fn)
+    return fn
 
 
 def _on_scored_rows(rows: Rows) -> Head:
@@ -134,7 +125,7 @@ def _on_scored_rows(rows: Rows) -> Head:
         every = logps.new_zeros(labels.numel()).index_copy(0, counted, logps)
         return masked_mean(every.view(labels.shape), mask)
 
-    return _with_loss(fn)
+    return fn
 
 
 def _formula(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
@@ -162,7 +153,7 @@ def _torch_head(**options: object) -> Rows:
     return fn
 
 
-def _liger() -> Head:
+def _liger() -> Callable[..., tuple[Tensor, Tensor]]:
     loss_type = module("liger_kernel.chunked_loss.simpo_loss").LigerFusedLinearSimPOLoss
     head = loss_type(beta=BETA, gamma=GAMMA, compute_nll_loss=False, compiled=False)
 

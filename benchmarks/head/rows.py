@@ -1,64 +1,41 @@
 """What was measured of heads, as rows: their table, their goals, and their plot."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import goals
+from benchmarks.common.cases import HEADS, CaseRow
 from benchmarks.common.goals import Goal
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, MARKERS, Columns, drawing, optional
+from benchmarks.common.report import BACKWARD, Line, draw_lines, drawing, shown
 from benchmarks.head.peers import FORMULA, FORMULA_SCORED, TRL
 
-TRAINED = "trained"
-FROZEN = "frozen"
+TRAINED, FROZEN = HEADS[True], HEADS[False]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One implementation on hidden states (batch, seq_len, H) and a weight (V, H)."""
+@dataclass(frozen=True, kw_only=True)
+class Row(CaseRow):
+    """One implementation on hidden states (batch, seq_len, H) and a weight (V, H).
 
-    impl: str
+    The peak is above inputs and gradients.
+    """
+
     model: str  # whose H and V they are
     hidden_size: int
-    vocab_size: int
-    batch: int
-    seq_len: int
-    dtype: str
-    scored_share: float  # of the rows; the first part of each sequence, the prompt, is not scored
-    passes: str  # FORWARD, without autograd, or BACKWARD, which is both
-    head: str  # TRAINED or FROZEN, whose weight has no gradient; FORWARD does not tell them apart
-    ms: float  # median
-    ms_p20: float
-    ms_p80: float
-    samples: int
-    peak_mib: float | None  # above inputs and gradients; None: not known
-    value_error: float  # largest against float64, nats
-    value_rounding: float  # half a unit in the last place of the largest value, in float32
-    hidden_grad_error: float | None  # largest against float64, relative to the largest element
+    head: str = shown("head")  # TRAINED or FROZEN; FORWARD does not tell them apart
+    hidden_grad_error: float | None = shown("grad hidden", "{:.1e}", "")  # relative to the largest
     hidden_grad_rounding: float  # half a unit in the last place of that element, likewise
-    weight_grad_error: float | None
+    weight_grad_error: float | None = shown("grad weight", "{:.1e}", "")
     weight_grad_rounding: float
-    of_floor: float | None  # its time over that of the plain formula on the scored rows alone
+    of_floor: float | None = shown("of floor", "{:.2f}x")  # over the formula on scored rows alone
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        """Rows with the same one are of the same batch, pass and head."""
+        return self.model, self.dtype, self.scored_share, self.passes, self.head
 
 
-COLUMNS = Columns(
-    3,
-    {
-        "implementation": lambda row: row.impl,
-        "pass": lambda row: row.passes,
-        "head": lambda row: row.head if row.passes == BACKWARD else "",
-        "dtype": lambda row: row.dtype,
-        "scored": lambda row: f"{row.scored_share:.0%}",
-        "ms": lambda row: f"{row.ms:.1f}",
-        "p20 - p80": lambda row: f"{row.ms_p20:.1f} - {row.ms_p80:.1f}",
-        "of floor": lambda row: optional("{:.2f}x", row.of_floor),
-        "peak MiB": lambda row: optional("{:.1f}", row.peak_mib),
-        "value error": lambda row: f"{row.value_error:.1e}",
-        "grad hidden": lambda row: optional("{:.1e}", row.hidden_grad_error, ""),
-        "grad weight": lambda row: optional("{:.1e}", row.weight_grad_error, ""),
-    },
-)
 NOTES = """\
 ms: median of calls in turns over the implementations, each buffer of 8 MiB or more fresh pages.
 of floor: its time over that of log_softmax on the scored rows alone, which no arithmetic undercuts
@@ -66,14 +43,6 @@ of floor: its time over that of log_softmax on the scored rows alone, which no a
 peak MiB: above the inputs and the gradients. On a CPU it is the resident size.
 value error: largest against float64, in nats; grad hidden, grad weight: relative to the largest
   element. The loss is SimPO's of the values."""
-
-
-def case_of(row: Row) -> tuple[object, ...]:
-    return row.model, row.dtype, row.scored_share, row.passes, row.head
-
-
-def table(rows: list[Row]) -> str:
-    return COLUMNS.table(rows, case_of)
 
 
 SHARE = 0.45  # of the rows scored: that of public preference sets
@@ -107,7 +76,7 @@ def judge(rows: list[Row], headline: str) -> list[Goal]:
             ("gradients of weight", "weight_grad"),
         ):
             what = f"roundings by which {what} err more than another's, {model}, {dtype}"
-            result += goals.no_worse(what, some, quantity, case_of)
+            result += goals.no_worse(what, some, quantity)
     return result
 
 
@@ -131,44 +100,33 @@ def _memory(rows: list[Row]) -> Iterator[Goal]:
             yield goals.at_most(what, PEAK_MIB, row.peak_mib, "{:.1f} MiB")
 
 
-def plot(path: Path, rows: list[Row], machine: str) -> None:
-    """Draw peak memory against time of forward + backward of a trained head, a panel a share.
+TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]  # seconds
+
+
+def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
+    """Draw peak memory against time of forward + backward, a panel a share, a line a peer.
 
     Of the models and dtypes that were measured it shows the first.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     first = rows[0]
     case = (first.model, first.dtype, BACKWARD)
-    shown = [row for row in rows if (row.model, row.dtype, row.passes) == case and row.peak_mib]
-    shares = sorted({row.scored_share for row in shown})
+    drawn = [row for row in rows if (row.model, row.dtype, row.passes) == case and row.peak_mib]
     impls = list(dict.fromkeys(row.impl for row in rows))
+
+    def line(impl: str, share: float) -> Line:
+        mine = [row for row in drawn if (row.impl, row.scored_share) == (impl, share)]
+        return [(row.ms / 1e3, max(1.0, row.peak_mib or 0.0)) for row in mine]
+
+    shares = sorted({row.scored_share for row in drawn}) or [1.0]
+    unit = "peak above inputs and gradients, MiB; {:.0%} scored"
+    panels = {unit.format(share): {impl: line(impl, share) for impl in impls} for share in shares}
+    seconds = [x for lines in panels.values() for points in lines.values() for x, _ in points]
+    ticks = [t for t in TICKS if min(seconds, default=1) / 2 <= t <= 2 * max(seconds, default=1)]
     title = (
         f"{first.model}: {first.batch * first.seq_len} tokens, H = {first.hidden_size}, "
-        f"V = {first.vocab_size}, {first.dtype}, forward + backward; open markers: frozen head\n"
-        f"{machine}"
+        f"V = {first.vocab_size}, {first.dtype}, forward + backward; a line ends at a frozen head "
+        f"and at one that trains, which takes longer\n{machine}"
     )
-    panels = dict(num_axes=max(1, len(shares)), figsize=(14, 5.5), sharex=True, sharey=True)
-    with drawing(path, title, **panels) as (figure, axes):
-        for axis, share in zip(axes, shares, strict=False):
-            for row in shown:
-                if row.scored_share == share:
-                    i, is_filled = impls.index(row.impl), row.head == TRAINED
-                    axis.plot(
-                        row.ms / 1e3,
-                        max(1.0, row.peak_mib or 0.0),
-                        MARKERS[i % len(MARKERS)],
-                        color=f"C{i}",
-                        fillstyle="full" if is_filled else "none",
-                        markersize=9,
-                        label=row.impl if is_filled else None,
-                    )
-            axis.set(xscale="log", yscale="log", xlabel="seconds", title=f"{share:.0%} scored")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.grid(alpha=0.3, which="both")
-        axes[0].set_ylabel("peak memory above inputs and gradients, MiB")
-        legends = [axis.get_legend_handles_labels() for axis in axes]
-        handles = {name: handle for pair in legends for handle, name in zip(*pair, strict=True)}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    options = dict(num_axes=len(shares), figsize=(14, 5.5), sharex=True, sharey=True)
+    with drawing(path, title, **options) as axes:
+        draw_lines(axes, panels, "seconds", {tick: f"{tick:g}" for tick in ticks})

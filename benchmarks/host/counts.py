@@ -1,92 +1,89 @@
 """How many operators and kernels the host starts in a pass of the head."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import dpo_triton
-from benchmarks.common.peers import OURS, why_not
-from benchmarks.common.report import FORWARD, Columns
-from benchmarks.common.token_logps import masked_mean, module
+from benchmarks.common import goals
+from benchmarks.common.cases import HEADS
+from benchmarks.common.goals import Goal
+from benchmarks.common.operators import Operators
+from benchmarks.common.peers import OURS, Peer
+from benchmarks.common.report import FORWARD, shown
+from benchmarks.head.peers import TRL
 from benchmarks.kernel.counts import BACKWARD
+from dpo_triton._head import _autograd, _operators
 from gpu_lab.driver import Lab
 
-Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-TRL_MODULE = "trl.trainer.utils"
+MOST_LAUNCHES = 16  # of a pass
+MOST_FROZEN_OPERATORS = 70  # of the backward pass
 
 
-class Count(NamedTuple):
-    impl: str
-    head: str  # trained or frozen
-    passes: str
-    operators: int  # of aten, views too
-    launches: int  # of Triton kernels
+@dataclass(frozen=True)
+class Count:
+    impl: str = shown("implementation")
+    head: str = shown("head")  # trained or frozen
+    passes: str = shown("pass")
+    operators: int = shown("operators")  # of aten, views too
+    launches: int = shown("Triton launches")
 
 
-COLUMNS = Columns(
-    3,
-    {
-        "implementation": lambda row: row.impl,
-        "head": lambda row: row.head,
-        "pass": lambda row: row.passes,
-        "operators": lambda row: str(row.operators),
-        "Triton launches": lambda row: str(row.launches),
-    },
-)
-
-
-class Started(TorchDispatchMode):
-    """Counts PyTorch's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func.namespace == "aten"
-        return func(*args, **(kwargs or {}))
-
-
-def heads(backend: str) -> dict[str, Head]:
-    """Ours, and TRL's where it is installed; on the scored rows, as TRL calls it on a GPU."""
-
-    def ours(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        value = dpo_triton.fused_linear_seq_logprob(hidden, weight, labels, mask, backend=backend)
-        assert isinstance(value, Tensor)
-        return value
-
-    def trl(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        apply = module("trl.kernels").ChunkedLogProbFunction.apply
-        size = module(TRL_MODULE)._CHUNKED_LOGPROB_CHUNK_SIZE
-        rows, targets = hidden.flatten(0, 1), labels.flatten()
-        logps, *_ = apply(rows, weight, None, targets, 1.0, size, None, 1.0, ())
-        return masked_mean(logps.view(labels.shape), mask)
-
-    return {OURS: ours} | ({} if why_not(TRL_MODULE) else {"TRL": trl})
+@contextlib.contextmanager
+def opened() -> Iterator[None]:
+    """Have the head call the bodies of its operators, as which alone they would be seen, and take
+    the tiles that it takes on a GPU."""
+    names = ("linear_logprob", "linear_logprob_grad")
+    before = {name: getattr(_autograd, name) for name in names}
+    of_cpu = _autograd.TILE_BYTES.pop("cpu")
+    for name in names:
+        setattr(_autograd, name, getattr(_operators, f"_{name}"))
+    try:
+        yield
+    finally:
+        _autograd.TILE_BYTES["cpu"] = of_cpu
+        for name, operator in before.items():
+            setattr(_autograd, name, operator)
 
 
 def count(
-    lab: Lab, num_tokens: int, hidden_size: int, vocab_size: int, backend: str
+    lab: Lab, heads: Sequence[Peer], num_tokens: int, hidden_size: int, vocab_size: int
 ) -> list[Count]:
-    """Count the passes of all heads, trained and frozen, on two sequences."""
+    """Count the passes of heads, trained and frozen, on two sequences of which all is scored."""
     rows = []
     weight = torch.zeros(vocab_size, hidden_size, dtype=torch.bfloat16)
     hidden = torch.zeros(2, num_tokens // 2, hidden_size, dtype=torch.bfloat16)
     labels = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-    for impl, fn in heads(backend).items():
-        for head in ("trained", "frozen"):
-            leaves = [hidden.clone().requires_grad_()]
-            leaves.append(weight.clone().requires_grad_(head == "trained"))
+    mask, ones = torch.ones_like(labels), torch.ones(2)
+    for peer in heads:
+        for trains_weight, head in HEADS.items():
+            leaves = [hidden.clone().requires_grad_(), weight.clone()]
+            leaves[1].requires_grad_(trains_weight)
             lab.records.clear()
-            with Started() as forward:
-                value = fn(*leaves, labels, torch.ones_like(labels)).sum()
+            with opened(), Operators() as forward:
+                values = peer.fn(*leaves, labels, mask)
             launched = len(lab.records)
-            with Started() as backward:
-                torch.autograd.grad(value, [leaf for leaf in leaves if leaf.requires_grad])
-            rows.append(Count(impl, head, FORWARD, forward.count, launched))
-            launched = len(lab.records) - launched
-            rows.append(Count(impl, head, BACKWARD, backward.count, launched))
+            needed = leaves if trains_weight else leaves[:1]
+            with opened(), Operators() as backward:
+                torch.autograd.grad(values, needed, ones)
+            launches = (launched, len(lab.records) - launched)
+            for passes, seen, n in zip(
+                (FORWARD, BACKWARD), (forward, backward), launches, strict=True
+            ):
+                rows.append(Count(peer.name, head, passes, len(seen.started), n))
     return rows
+
+
+def judge(rows: Sequence[Count]) -> Iterator[Goal]:
+    """Of our head, beside TRL's where that was counted."""
+    theirs = {(row.head, row.passes): row.operators for row in rows if row.impl == TRL}
+    for row in (row for row in rows if row.impl == OURS):
+        where = f"{row.head} head, {row.passes}"
+        most = theirs.get((row.head, row.passes))
+        if most is not None:
+            yield goals.at_most(f"operators beside TRL's, {where}", most, row.operators, "{:.0f}")
+        yield goals.at_most(f"Triton launches, {where}", MOST_LAUNCHES, row.launches, "{:.0f}")
+        if (row.head, row.passes) == (HEADS[False], BACKWARD):
+            most = MOST_FROZEN_OPERATORS
+            yield goals.at_most(f"operators, {where}", most, row.operators, "{:.0f}")

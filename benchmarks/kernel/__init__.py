@@ -1,1 +1,1 @@
-"""Compiled kernels, counted, modelled and timed: `bench_kernels`, `tune_kernels`."""
+"""Compiled kernels, counted, modelled and timed: `bench_kernels`, and `tools/tune_kernels.py`."""

@@ -5,17 +5,20 @@ implementations compute the gradient in the forward.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common.operators import Operator, Operators
 from benchmarks.common.report import FORWARD
 from benchmarks.kernel.peers import KernelPeer, sliced
 from gpu_lab.codegen import Codegen, inspect_kernel
+from gpu_lab.devices import Device
 from gpu_lab.driver import Kernel, Launch, emulate
 from gpu_lab.machine import WARP, Counts
+from gpu_lab.model import Modelled, modelled_time
 
 BACKWARD = "backward"  # alone
 PASSES = (FORWARD, BACKWARD)
@@ -82,52 +85,38 @@ class Counted(NamedTuple):
     streaming: dict[str, list[Kernel]]  # that were given logits; BACKWARD: not in the forward too
 
 
-class TorchTraffic(TorchDispatchMode):
-    """Derives the bytes of PyTorch's operators: each reads its inputs and writes its outputs once.
-
-    Tensors of fewer elements than `least` do not count, nor do views.
-    """
-
-    def __init__(self, least: int) -> None:
-        super().__init__()
-        self.least = least
-        self.loaded = self.stored = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        outputs = self._large(result)
-        if func.namespace != "aten" or not outputs or "empty" in name:
-            return result
-        inputs = [] if name.startswith("new_") or name.endswith("_like") else self._large(*args)
-        storages = {x.untyped_storage().data_ptr() for x in inputs}
-        if outputs[0].untyped_storage().data_ptr() in storages and not func._schema.is_mutable:
-            return result  # a view
-        if func._schema.is_mutable and name.rstrip("_") in ("copy", "fill", "zero"):
+def torch_traffic(operators: Iterable[Operator], least: int) -> tuple[int, int]:
+    """Derive the bytes that PyTorch's operators load and store: each reads its inputs and writes
+    its outputs once. Tensors of fewer elements than `least` do not count."""
+    loaded = stored = 0
+    for operator in operators:
+        outputs = [x.nbytes for x in operator.outputs if x.numel >= least]
+        if not (operator.moves and outputs):
+            continue
+        name = operator.name
+        inputs = [x.nbytes for x in operator.inputs if x.numel >= least]
+        if name.startswith("new_") or name.endswith("_like"):
+            inputs = []
+        elif operator.is_mutable and name.rstrip("_") in ("copy", "fill", "zero"):
             inputs = inputs[1:]
-        self.loaded += sum(x.nbytes for x in inputs)
-        self.stored += sum(x.nbytes for x in outputs)
+        loaded += sum(inputs)
+        stored += sum(outputs)
         if name == "slice_backward":  # zeros for the whole tensor, then a copy into the slice
-            self.stored += sum(x.nbytes for x in inputs)
-        return result
-
-    def _large(self, *values: Any) -> list[Tensor]:
-        return [x for x in values if isinstance(x, Tensor) and x.numel() >= self.least]
+            stored += sum(inputs)
+    return loaded, stored
 
 
 def count(peer: KernelPeer, inputs: Inputs, target: str, runs: bool = True) -> Counted:
     """Run a forward and a training step, emulated; or only compile them, as always for AMD."""
     logits, labels, mask, case = inputs
-    forward_traffic, traffic = (TorchTraffic(logits.shape[-1]) for _ in range(2))
+    of_forward, of_step = Operators(), Operators()
     with peer.on_target(target), emulate(target, runs=lambda launch: runs) as lab:
         copy = logits.clone()  # Liger writes zeros into rows that are not scored
-        with torch.no_grad(), forward_traffic:
+        with torch.no_grad(), of_forward:
             values = peer.fn(copy, labels, mask, case.shift)
         split = len(lab.records)
         leaf = logits.clone().requires_grad_()
-        with traffic:
+        with of_step:
             (grad,) = torch.autograd.grad(peer.fn(leaf, labels, mask, case.shift).sum(), leaf)
     forward, step = lab.records[:split], lab.records[split:]
     known = streaming_kernels(forward, logits)
@@ -135,9 +124,9 @@ def count(peer: KernelPeer, inputs: Inputs, target: str, runs: bool = True) -> C
         FORWARD: known,
         BACKWARD: [k for k in streaming_kernels(step, logits) if all(k is not x for x in known)],
     }
-    of_forward = _work(forward, forward_traffic, logits)
-    of_step = _work(step, traffic, logits)
-    return Counted({FORWARD: of_forward, BACKWARD: of_step - of_forward}, values, grad, kernels)
+    forward_work = _work(forward, of_forward, logits)
+    work = {FORWARD: forward_work, BACKWARD: _work(step, of_step, logits) - forward_work}
+    return Counted(work, values, grad, kernels)
 
 
 def is_streaming(launch: Launch, logits: Tensor) -> bool:
@@ -149,7 +138,8 @@ def streaming_kernels(launches: list[Launch], logits: Tensor) -> list[Kernel]:
     return [launch.kernel for launch in launches if is_streaming(launch, logits)]
 
 
-def _work(launches: list[Launch], traffic: TorchTraffic, logits: Tensor) -> Work:
+def _work(launches: list[Launch], operators: Operators, logits: Tensor) -> Work:
+    torch_loaded, torch_stored = torch_traffic(operators.started, logits.shape[-1])
     counts = [launch.counts for launch in launches if launch.counts is not None]
     streaming = [x.counts for x in launches if x.counts and is_streaming(x, logits)]
     return Work(
@@ -160,8 +150,8 @@ def _work(launches: list[Launch], traffic: TorchTraffic, logits: Tensor) -> Work
         stored=sum(c.distinct["store"] for c in counts),
         wide_loaded=16 * sum(c.lanes["load", 16] for c in counts),
         wide_stored=16 * sum(c.lanes["store", 16] for c in counts),
-        torch_loaded=traffic.loaded,
-        torch_stored=traffic.stored,
+        torch_loaded=torch_loaded,
+        torch_stored=torch_stored,
     )
 
 
@@ -170,24 +160,32 @@ def executed(counts: Counts, kind: str) -> int:
     return sum(n for opcode, n in counts.instructions.items() if opcode.split(".")[0] == kind)
 
 
-def per_token_instructions(peer: KernelPeer, target: str, vocab_size: int) -> float:
-    """PTX instructions a token of the kernels that work per token, on a sequence of TOKENS tokens.
-
-    They take many tokens at a time: the few of the other counts would leave most lanes idle. What
-    streams does not run: it says that everything is scored, and its sums are 1.
-    """
-    logits = torch.zeros(1, 1, vocab_size, dtype=torch.bfloat16).expand(1, TOKENS, vocab_size)
+def short_kernels(logits: Tensor, mask: Tensor) -> Callable[[Launch], bool]:
+    """What `emulate` runs where kernels that stream do not run: in their place each says that what
+    the mask (B, T) says is scored, and that its sums are 1."""
 
     def runs(launch: Launch) -> bool:
         if not is_streaming(launch, logits):
             return True
         for x in launch.arguments.values():
-            if isinstance(x, Tensor) and x.is_floating_point() and x.numel() < logits.numel():
-                x.fill_(1.0)
+            is_output = isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous()
+            if is_output and 2 * x.numel() < logits.numel():
+                x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
         return False
 
+    return runs
+
+
+def per_token_instructions(peer: KernelPeer, target: str, vocab_size: int) -> float:
+    """PTX instructions a token of the kernels that work per token, on a sequence of TOKENS tokens.
+
+    They take many tokens at a time: the few of the other counts would leave most lanes idle.
+    """
+    logits = torch.zeros(1, 1, vocab_size, dtype=torch.bfloat16).expand(1, TOKENS, vocab_size)
+    labels = torch.zeros(1, TOKENS, dtype=torch.int64)
+    runs = short_kernels(logits, torch.ones_like(labels))
     with emulate(target, runs=runs) as lab, torch.no_grad(), peer.on_target(target):
-        peer.fn(logits, torch.zeros(1, TOKENS, dtype=torch.int64), None, False)
+        peer.fn(logits, labels, None, False)
     return WARP * sum(c.instructions.total() for c in lab.launches) / TOKENS
 
 
@@ -204,9 +202,17 @@ class Loop(NamedTuple):
         code = self.codegen.of_shortest_way() if way == "shortest" else self.codegen
         return code.instructions_per_logit(self.logits_per_iteration, hot=way == "hot")
 
-    def pipe_cycles(self) -> dict[str, float]:
-        """Cycles of a sub-partition for 32 logits, of the shortest way round, by pipe."""
-        return self.codegen.of_shortest_way().pipe_cycles(self.logits_per_iteration)
+    def time(self, device: Device, num_bytes: float, num_logits: float) -> Modelled:
+        """On a GPU, of so many scored logits and bytes moved."""
+        return modelled_time(
+            device,
+            num_bytes=num_bytes,
+            num_logits=num_logits,
+            instructions_per_logit=self.instructions("shortest"),
+            pipe_cycles_per_32_logits=self.codegen.of_shortest_way().pipe_cycles(
+                self.logits_per_iteration
+            ),
+        )
 
     def exp2(self) -> float:
         return self.codegen.of_shortest_way().exp2_per_logit(self.logits_per_iteration)

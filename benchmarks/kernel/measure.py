@@ -4,11 +4,10 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.common import measure
 from benchmarks.common.report import BACKWARD as BOTH
-from benchmarks.common.report import FORWARD, Figure, Figures, aligned
+from benchmarks.common.report import FORWARD, Figure, Figures
 from benchmarks.kernel.counts import (
     ALL,
     BACKWARD,
@@ -29,6 +28,7 @@ SEQ_LEN = 1024
 CHECKED_ROWS = 16
 COPY_SHARE = "share of a copy's speed"
 TIMED = (FORWARD, BACKWARD, BOTH)
+CALL = "time of a call"
 GRAPH = "in a CUDA graph"  # replayed: the host has no part in it
 
 
@@ -52,6 +52,8 @@ def rows(
     peers: list[KernelPeer], vocab_size: int, dtype: torch.dtype, quick: bool
 ) -> tuple[Figures, float]:
     """Return a row for each time, and the speed of a copy in GB/s, read and written."""
+    from tqdm import tqdm
+
     copy = measure.copy_gb_per_s(DEVICE, numel=COPY_NUMEL, min_run_s=0.5)
     # Logits, their copy, gradient and its slice, and room to spare.
     most = measure.free_bytes(DEVICE) // (8 * vocab_size * dtype.itemsize)
@@ -95,9 +97,9 @@ def call_rows(
     impl: str, passes: str, shape: Shape, fn: Callable[[], object], run_s: float
 ) -> Iterator[Figure]:
     """Medians of one call, in ms; None where a peer cannot be captured."""
-    ways = {"time of a call": fn}
+    ways = {CALL: fn}
     if (replay := captured(fn)) is not None:
-        ways[f"time of a call {GRAPH}"] = replay
+        ways[f"{CALL} {GRAPH}"] = replay
     for quantity, way in ways.items():
         median = statistics.median(measure.times_ms(way, DEVICE, min_run_s=run_s))
         yield Figure(impl, passes, "gpu", str(shape), quantity, "ms", median, "measured")
@@ -121,13 +123,11 @@ def captured(fn: Callable[[], object]) -> Callable[[], object] | None:
 
 
 def whole_table(rows: Figures) -> str:
-    lines = [("shape", "implementation", "pass", "us", f"us {GRAPH}")]
-    for row in rows.select("time of a call"):
-        key = dict(impl=row.impl, passes=row.passes, case=row.case)
-        replayed = rows.value(f"time of a call {GRAPH}", **key)
-        shown = "" if replayed is None else f"{1e3 * replayed:.1f}"
-        lines.append((row.case, row.impl, row.passes, f"{1e3 * row.value:.1f}", shown))
-    return aligned(lines, 3)
+    cells = {
+        name: ("{:.4f}", dict(quantity=quantity))
+        for name, quantity in (("ms", CALL), (f"ms {GRAPH}", f"{CALL} {GRAPH}"))
+    }
+    return rows.pivot({"shape": "case", "pass": "passes", "implementation": "impl"}, cells)
 
 
 def timed(peer: KernelPeer, inputs: Inputs, passes: str) -> Callable[[], object] | None:
@@ -172,17 +172,15 @@ def time_rows(
 
 
 def table(rows: Figures) -> str:
-    lines = [("implementation", "scored", "pass", "ms", "p20 - p80", "GB/s", "of copy")]
-    for row in rows:
-        if row.quantity == "time":
-            key = dict(impl=row.impl, passes=row.passes, case=row.case)
-            low, high = (rows.value(f"time, {p}", **key) for p in ("p20", "p80"))
-            lines.append(
-                (row.impl, row.case, row.passes, f"{row.value:.3f}", f"{low:.3f} - {high:.3f}")
-                + (f"{rows.value('least bytes over time', **key):.0f}",)
-                + (f"{rows.value(COPY_SHARE, **key):.1%}",)
-            )
-    return aligned(lines, 3)
+    columns = {
+        "ms": ("time", "{:.3f}"),
+        "p20": ("time, p20", "{:.3f}"),
+        "p80": ("time, p80", "{:.3f}"),
+        "GB/s": ("least bytes over time", "{:.0f}"),
+        "of copy": (COPY_SHARE, "{:.1%}"),
+    }
+    cells = {name: (form, dict(quantity=q)) for name, (q, form) in columns.items()}
+    return rows.pivot({"implementation": "impl", "scored": "case", "pass": "passes"}, cells)
 
 
 def random_batch(

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 from benchmarks.common.report import FORWARD, Figure
 from benchmarks.kernel.counts import BACKWARD, PASSES, Case, Inputs, Loop, Work
-from benchmarks.kernel.rows import BINDING, FLOOR, MEMORY, PTX, SASS, TIME
+from benchmarks.kernel.rows import BINDING, FLOOR, MEMORY, OF_FLOOR, PTX, SASS, TIME
 from gpu_lab.devices import DEVICES, Device
-from gpu_lab.model import modelled_time
 
 ROWS = 8192  # of logits, in a modelled time
 
@@ -86,31 +85,24 @@ def modelled_rows(
                 continue
             scale = num_logits / inputs.logits.numel()
             done = work[passes]
-            kernel = modelled_time(
-                device,
-                num_bytes=scale * (done.loaded + done.stored),
-                num_logits=num_logits * share,
-                instructions_per_logit=loop.instructions("shortest"),
-                pipe_cycles_per_32_logits=loop.pipe_cycles(),
-            )
+            kernel = loop.time(device, scale * (done.loaded + done.stored), num_logits * share)
             by_torch = memory_seconds(device, scale * (done.torch_loaded + done.torch_stored))
+            time = kernel.seconds + by_torch
+            floor = memory_seconds(device, num_logits * least[passes])
             times = {
-                TIME: kernel.seconds + by_torch,
+                TIME: time,
                 MEMORY: kernel.all_seconds["memory"] + by_torch,
-                FLOOR: memory_seconds(device, num_logits * least[passes]),
-            } | {
-                f"modelled time of {resource} in the kernel": seconds
-                for resource, seconds in kernel.all_seconds.items()
+                FLOOR: floor,
+                **{
+                    f"modelled time of {resource} in the kernel": seconds
+                    for resource, seconds in kernel.all_seconds.items()
+                },
             }
+            place = (impl, passes, device.name, str(inputs.case))
             for quantity, seconds in times.items():
-                yield Figure(
-                    *(impl, passes, device.name, str(inputs.case)),
-                    *(quantity, "ms", seconds * 1e3, "modelled"),
-                )
-            yield Figure(
-                *(impl, passes, device.name, str(inputs.case)),
-                *(BINDING, "", kernel.binding, "modelled"),
-            )
+                yield Figure(*place, quantity, "ms", seconds * 1e3, "modelled")
+            yield Figure(*place, OF_FLOOR, "", time / floor, "modelled")
+            yield Figure(*place, BINDING, "", kernel.binding, "modelled")
 
 
 def memory_seconds(device: Device, num_bytes: float) -> float:

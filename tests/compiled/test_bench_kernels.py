@@ -9,7 +9,9 @@ from bench_programs import read_csv
 pytest.importorskip("tqdm")
 
 import dpo_triton
-from benchmarks import bench_kernels, tune_kernels
+from benchmarks import bench_kernels
+from benchmarks.common.command import Run
+from benchmarks.common.operators import Operators
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import Figure, Figures, aligned
 from benchmarks.kernel import counts, measure, peers, whole
@@ -17,6 +19,7 @@ from benchmarks.kernel.peers import LIGER, TRL, KernelPeer
 from benchmarks.kernel.rows import FLOOR, MEMORY, PTX, TIME
 from gpu_lab.driver import emulate
 from gpu_lab.loops import Instruction, streaming_loop
+from tools import tune_kernels
 
 V = 4096
 TINY = ["--vocab", str(V), "--quick", "--no-plot"]
@@ -124,17 +127,17 @@ def test_a_peer_that_fails_is_said(monkeypatch, capsys, tmp_path):
 def test_torch_traffic_is_that_of_the_operators():
     logits = torch.zeros(2, 4, V, dtype=torch.bfloat16, requires_grad=True)
     whole, part = 2 * 4 * V * 2, 2 * 3 * V * 2
-    with counts.TorchTraffic(V) as traffic:
+    with Operators() as operators:
         result = logits[:, :-1]  # a view
-    assert (traffic.loaded, traffic.stored) == (0, 0)
-    with counts.TorchTraffic(V) as traffic:
+    assert counts.torch_traffic(operators.started, V) == (0, 0)
+    with Operators() as operators:
         torch.autograd.grad(result, logits, torch.ones_like(result))
     ones = part  # torch.ones_like
-    assert (traffic.loaded, traffic.stored - ones) == (part, whole + part)
-    with counts.TorchTraffic(V) as traffic:
+    assert counts.torch_traffic(operators.started, V) == (part, ones + whole + part)
+    with Operators() as operators:
         result.detach().reshape(-1, V)  # a copy
         torch.zeros(V - 1).clone()  # too small to count
-    assert (traffic.loaded, traffic.stored) == (part, part)
+    assert counts.torch_traffic(operators.started, V) == (part, part)
 
 
 def test_shared_reads_count_once():
@@ -195,7 +198,7 @@ def test_measured_rows():
         assert rows.value(measure.COPY_SHARE, passes=passes) == pytest.approx(speed / 20)
     table = measure.table(rows)
     assert len(table.splitlines()) == 4
-    assert "0.003  0.002 - 0.005" in table
+    assert "0.003  0.002  0.005" in table
     overwriting = KernelPeer(LIGER, "", lambda: print, overwrites_logits=True)
     assert measure.timed(overwriting, inputs, "backward") is None
 
@@ -235,7 +238,12 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
 
 
 def test_a_partial_run_gets_a_name_that_git_ignores():
-    for arguments, suffix in (([], ""), (["--vocab", "128"], ".local"), (["--quick"], ".local")):
-        args = bench_kernels.parse_args(arguments)
-        assert bench_kernels.output_paths(args, "a")[0].name == f"a{suffix}.csv"
+    for arguments, suffix in (
+        ([], ""),
+        (["--seed", "3", "--output", "there"], ""),
+        (["--vocab", "128"], ".local"),
+        (["--quick"], ".local"),
+    ):
+        run = Run("bench_kernels", bench_kernels.parse_args, ["--no-plot", *arguments])
+        assert run.paths("a")[0].name == f"a{suffix}.csv"
     assert aligned([("a", "b"), ("aa", "bb")], 1) == "a    b\naa  bb"

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.kernel import published
+from gpu_lab import published
 from gpu_lab.clock import LATENCY
 from gpu_lab.devices import DEVICES, H100, RTX_4090
 from gpu_lab.driver import emulate

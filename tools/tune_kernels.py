@@ -1,4 +1,4 @@
-"""The search that chose the launch settings; `python benchmarks/tune_kernels.py --help`.
+"""The search that chose the launch settings; `python tools/tune_kernels.py --help`.
 
 Each kernel that walks the vocabulary is compiled with every tile and number of threads, and counted
 as in bench_kernels; on a GPU it is timed as well. Nothing is tuned at run time: the settings that
@@ -32,6 +32,7 @@ from benchmarks.kernel.rows import BINDING, TIME, next_resource
 from gpu_lab.devices import DEVICES
 from gpu_lab.driver import emulate
 
+KERNELS = "dpo_triton.kernels"
 PASSES = {"partials": FORWARD, "grad": BACKWARD}
 BLOCKS, THREADS = (512, 1024, 2048, 4096), (32, 64, 128, 256)
 QUICK_BLOCKS, QUICK_THREADS = (1024, 2048), (64,)
@@ -52,7 +53,7 @@ class Setting(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Print the table of each kernel on each target; return 1 if a setting gives wrong results."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    command.require_bench_extra(args, "tqdm")
+    command.require("tqdm")
     from tqdm import tqdm
 
     blocks, threads = (QUICK_BLOCKS, QUICK_THREADS) if args.quick else (BLOCKS, THREADS)
@@ -121,17 +122,18 @@ def try_setting(
 
 def chosen_setting(kernel: str, vocab_size: int, dtype: torch.dtype) -> tuple[Setting, int]:
     """What the launcher chooses, and the neighbouring logits of its accesses."""
-    logits = torch.empty((1, 1, vocab_size), dtype=dtype, device="meta")
-    tensors = (logits,) if kernel == "partials" else (logits, logits)
-    config = module(f"dpo_triton.kernels.{kernel}").launch_config(*tensors, False)
+    logits, tiles = torch.empty((1, 1, vocab_size), dtype=dtype), module(f"{KERNELS}._tiles")
+    launcher = module(f"{KERNELS}.{kernel}")
+    vec, target = tiles.vector_width(logits), tiles.gpu_target(logits)
+    config = launcher.launch_config(vec, False, target)
     return Setting(config["BLOCK_V"], config["THREADS"]), config["VEC"]
 
 
 @contextlib.contextmanager
 def launched_with(kernel: str, setting: Setting) -> Iterator[None]:
     """Have the kernel's launcher use a setting."""
-    launcher = module(f"dpo_triton.kernels.{kernel}")
-    choose = launcher.launch_config
+    launcher = module(f"{KERNELS}.{kernel}")
+    choose, kept = launcher.launch_config, launcher._constants
 
     def launch_config(*args: Any, **kwargs: Any) -> dict[str, int]:
         config = choose(*args, **kwargs)
@@ -140,10 +142,12 @@ def launched_with(kernel: str, setting: Setting) -> Iterator[None]:
         return config | dict(BLOCK_V=setting.block, THREADS=setting.threads, num_warps=warps)
 
     launcher.launch_config = launch_config
+    kept.cache_clear()  # they hold what was chosen
     try:
         yield
     finally:
         launcher.launch_config = choose
+        kept.cache_clear()
 
 
 def has_gpu() -> bool:
@@ -169,7 +173,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--target", nargs="+", choices=["sm_80", "sm_90", "sm_100"], default=["sm_90", "sm_100"]
     )
     parser.add_argument("--quick", action="store_true", help="a few settings")
-    parser.set_defaults(no_plot=True)
     return parser.parse_args(argv)
 
 

@@ -142,7 +142,18 @@ def plan(machine: Machine, folder: Path) -> list[Step]:
         benchmark("host", 35, *plots),
         benchmark("kernels", 50, *plots),
         # Two vocabularies: torch.compile, among the peers, starts anew for each.
-        benchmark("vocab", 70, *plots, "--dtype", "bfloat16", "--vocab", "6400", "128256"),
+        benchmark(
+            "vocab",
+            70,
+            *plots,
+            "--no-first-calls",
+            "--sizes",
+            "--dtype",
+            "bfloat16",
+            "--vocab",
+            "6400",
+            "128256",
+        ),
         benchmark("linear", 70, *plots),
         sanitizer("racecheck", 40),
     ]

@@ -1,0 +1,64 @@
+"""The check that comes before any timing: small batches are compared with float64."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from benchmarks.common.cases import HEADS, Batch
+from benchmarks.common.peers import Peer, brief
+from benchmarks.common.report import BACKWARD
+
+CHECK_VOCAB_SIZES = (257, 5003)  # less than a tile, and more
+CHECK_MASK = ((0, 0, 1, 0, 1, 1, 0), (1,) * 7)  # holes
+CHECK_SHAPE = (len(CHECK_MASK), len(CHECK_MASK[0]))
+
+
+def check_batches(
+    make: Callable[[int, torch.dtype, torch.Generator], Batch],
+    dtypes: Iterable[torch.dtype],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Small ones of both vocabulary sizes, with holes in the mask."""
+    mask = torch.tensor(CHECK_MASK, device=device)
+    for vocab_size, dtype in itertools.product(CHECK_VOCAB_SIZES, dtypes):
+        batch = make(vocab_size, dtype, torch.Generator(device).manual_seed(vocab_size))
+        yield dataclasses.replace(batch, mask=mask, share=float(mask.float().mean()))
+
+
+def complaints(
+    ours: Sequence[Peer], plain: Peer, batches: Iterable[Batch], device: torch.device
+) -> list[str]:
+    """Compare small batches with float64, their head trained and frozen; return what is off.
+
+    Right is twice the error of the plain formula, or three roundings, and one of the result.
+    """
+    found = []
+    for batch, trains_weight, peer in itertools.product(batches, (True, False), ours):
+        if batch.weight is None and not trains_weight:
+            continue
+        where = f"{peer.name}, V = {batch.vocab_size}, {batch.dtype}"
+        where += "" if batch.weight is None else f", {HEADS[trains_weight]} head"
+        call, other = (batch.call(p, BACKWARD, trains_weight) for p in (peer, plain))
+        try:
+            call.try_out(batch.truth, device)
+        except Exception as error:
+            found.append(f"{where}: {brief(error)}")
+            continue
+        other.try_out(batch.truth, device)
+        stray = float(call.run()[1][0].detach()[batch.mask == 0].abs().max())
+        errors = zip(
+            ("values", "gradient of the rows", "gradient of the weight"),
+            (call.value_error, *call.grad_errors),
+            (other.value_error, *other.grad_errors),
+            batch.roundings,
+            strict=False,
+        )
+        right = [(what, error, max(2 * its, 6 * half) + half) for what, error, its, half in errors]
+        found += [
+            f"{where}: {what} off by {error:.1e}, at most {budget:.1e} is right"
+            for what, error, budget in (*right, ("gradient of what is not scored", stray, 0.0))
+            if not error <= budget  # NaN is off too
+        ]
+    return found
