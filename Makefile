@@ -64,7 +64,7 @@ bench-host: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_host.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
-	$(BIN)/python tools/gpu_check.py $(ARGS)
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 test-versions:
 	$(PYTHON) tools/run_versions.py $(ARGS)

@@ -1,4 +1,4 @@
-"""tools/gpu_check.py with commands that stand in for its own, as if there were a GPU."""
+"""benchmarks/gpu_check.py with commands that stand in for its own, as if there were a GPU."""
 
 import os
 import subprocess
@@ -6,10 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-import gpu_check
 import pytest
 import torch
-from gpu_check import Machine, Step
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Machine, Step
 
 H100 = Machine("NVIDIA H100 80GB HBM3", 79.2, 16)
 
@@ -76,7 +77,7 @@ def test_a_run_that_is_stopped_leaves_what_was_done(tmp_path):
         "Step('second', [sys.executable, '-c', 'import time; time.sleep(60)'], 1.0)]; "
         f"gpu_check.run_all(steps, pathlib.Path({str(tmp_path)!r}), 100, 'title')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(gpu_check.ROOT / "tools")}
+    environment = {**os.environ, "PYTHONPATH": str(gpu_check.ROOT / "benchmarks")}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment)
     summary = tmp_path / "summary.txt"
     deadline = time.monotonic() + 60
