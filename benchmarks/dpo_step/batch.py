@@ -12,7 +12,7 @@ from benchmarks.common.command import ROOT
 from dpo_triton.data import PairTokenizer, read_pairs
 
 NUM_PAIRS = 2
-DATA = ROOT / "benchmarks" / "pairs.jsonl"  # long answers, as data sets have them
+DATA = Path(__file__).with_name("pairs.jsonl")  # long answers, as data sets have them
 sys.path.append(str(ROOT / "examples"))
 
 
