@@ -143,10 +143,10 @@ def columns_of(tile: Tile, columns: Columns) -> Columns:
     return Columns(columns.first + tile.columns.start, width, columns.vocab_size)
 
 
-def place_of(tile: Tile, partials: Partials) -> Partials:
-    """Where the partials of a tile belong."""
-    sums = partials.sums[:, tile.splits, tile.rows]
-    return Partials(sums, partials.target[tile.rows], partials.weights[:, tile.rows])
+def rows_of(partials: Partials, rows: slice) -> Partials:
+    """Those of some rows."""
+    sums, target, weights = partials
+    return Partials(sums[:, :, rows], target[rows], weights[:, rows])
 
 
 def fill_(tile: Tile, hidden: Tensor, head: Weights) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._backends import backend_named
 from .._records import Columns, Combined, Partials, Scaling, Tokens, sum_dtype
 from .._weights import token_weights
-from ._tiles import Plan, Tiles, Weights, columns_of, fill_, place_of, scored_rows
+from ._tiles import Plan, Tiles, Weights, columns_of, fill_, rows_of, scored_rows
 from .hidden_grad import HiddenGrad
 
 
@@ -44,15 +44,19 @@ def head_forward(
         torch.full_like(rows.weights[0], -torch.inf),
         rows.weights,
     )
-    sums = HiddenGrad(rows, scaling, stages) if plan.makes_grad else None
+    sums = HiddenGrad(rows, partials.sums, scaling, stages) if plan.makes_grad else None
     tiles = Tiles(rows.number, columns.width, plan, kept)
-    of_block = {rows_of.start: rows.as_tokens(rows_of) for rows_of in tiles.blocks}
+    of_block = {
+        some.start: (rows.as_tokens(some), rows_of(partials, some)) for some in tiles.blocks
+    }
     for tile in tiles:
         fill_(tile, rows.hidden, head)
-        here, of_tile = columns_of(tile, columns), of_block[tile.rows.start]
-        stages.partials(tile.logits, of_tile, here, scaling, stats, place_of(tile, partials))
+        here, (of_tile, out) = columns_of(tile, columns), of_block[tile.rows.start]
+        splits = tile.splits.stop - tile.splits.start
+        place = out._replace(sums=out.sums.narrow(1, tile.splits.start, splits))
+        stages.partials(tile.logits, of_tile, here, scaling, stats, place)
         if sums is not None:
-            sums.add(tile, here, partials.sums, head.weight)
+            sums.add(tile, here, head.weight)
     if gather is not None:
         partials = gather(partials)
     every = Partials(
