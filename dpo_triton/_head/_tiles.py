@@ -93,6 +93,7 @@ class Tile(NamedTuple):
     rows: slice
     splits: slice  # of the partials
     logits: Tensor  # (1, R, C): room for them, not filled yet
+    matrix: Tensor  # (R, C), the same
     is_kept: bool  # from the forward pass to the backward
 
 
@@ -112,6 +113,7 @@ class Tiles:
         height = max(1, -(-num_rows // max(1, num_blocks)))
         self.blocks = [slice(lo, min(lo + height, num_rows)) for lo in range(0, num_rows, height)]
         self.scratch = torch.empty(height * self.width, dtype=plan.dtype, device=kept.device)
+        self._rooms: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Tile]:
         remaining, offset, first_split = self.num_rows * self.num_columns, 0, 0
@@ -121,20 +123,28 @@ class Tiles:
             splits = slice(first_split, first_split + num_splits)
             first_split += num_splits
             for rows in self.blocks:
+                shape = (rows.stop - rows.start, columns.stop - columns.start)
                 is_kept = remaining <= self.kept.numel()
-                room = _room(self.kept[offset:] if is_kept else self.scratch, rows, columns)
-                yield Tile(columns, rows, splits, room, is_kept)
-                remaining -= room.numel()
-                offset += room.numel() * is_kept
+                room = _room(self.kept[offset:], *shape) if is_kept else self._scratch_room(*shape)
+                yield Tile(columns, rows, splits, *room, is_kept)
+                numel = shape[0] * shape[1]
+                remaining -= numel
+                offset += numel * is_kept
 
-    def room_like(self, tile: Tile) -> Tensor:
-        """(1, R, C) that no tile is kept in."""
-        return _room(self.scratch, tile.rows, tile.columns)
+    def room_like(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """(1, R, C) and (R, C), the same, that no tile is kept in."""
+        return self._scratch_room(*tile.matrix.shape)
+
+    def _scratch_room(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Most tiles have one shape, and views of it take the host as long as their product."""
+        if (height, width) not in self._rooms:
+            self._rooms[height, width] = _room(self.scratch, height, width)
+        return self._rooms[height, width]
 
 
-def _room(flat: Tensor, rows: slice, columns: slice) -> Tensor:
-    shape = (1, rows.stop - rows.start, columns.stop - columns.start)
-    return flat[: shape[1] * shape[2]].view(shape)
+def _room(flat: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    matrix = flat[: height * width].view(height, width)
+    return matrix.unsqueeze(0), matrix
 
 
 def columns_of(tile: Tile, columns: Columns) -> Columns:
@@ -151,7 +161,7 @@ def rows_of(partials: Partials, rows: slice) -> Partials:
 
 def fill_(tile: Tile, hidden: Tensor, head: Weights) -> None:
     """Fill the tile with the logits of its rows and columns; hidden is (M, H)."""
-    logits = tile.logits[0]
+    logits = tile.matrix
     rows, of_columns = hidden[tile.rows], head.weight[tile.columns].to(logits.dtype).t()
     if head.bias is None:
         torch.mm(rows, of_columns, out=logits)

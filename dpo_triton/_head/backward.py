@@ -91,8 +91,9 @@ class _TileGrads:
         self.softmax = softmax.index_select(1, rows.tokens)
         self.grad = backend_named(plan.backend).grad
 
-    def of(self, tile: Tile, columns: Columns, out: Tensor) -> Tensor:
-        """(R, C), in out (1, R, C)."""
+    def of(self, tile: Tile, columns: Columns, room: tuple[Tensor, Tensor]) -> Tensor:
+        """(R, C), in room, which is (1, R, C) and the same as (R, C)."""
+        out, matrix = room
         labels, weights = self.rows.labels[:, tile.rows], self.rows.weights[:, tile.rows]
         self.grad(
             self.upstream[:, tile.rows],
@@ -103,7 +104,7 @@ class _TileGrads:
             self.scaling,
             out,
         )
-        return out[0]
+        return matrix
 
 
 def frozen_backward(

@@ -42,7 +42,7 @@ class HiddenGrad:
             self.scaling,
             tile.logits,
         )
-        d = tile.logits[0]
+        d = tile.matrix
         add_product(block.sum, d, weight[tile.columns].to(d.dtype), is_first)
 
     def finish(self, softmax: Tensor, target: Tensor, columns: Columns, weight: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def test_parts_are_where_the_time_is():
 
 def test_operators_of_the_head_are_counted():
     """Inside its own operators: what holds beside TRL's, whose chunks are as many."""
-    frozen_forward = 309, 17  # beside 201 of TRL and 16: not held yet, and not to grow
+    one_too_many = "Triton launches, frozen head, forward"  # 17: not to grow
     with emulate("sm_90", schedule=None) as lab:
         heads, _ = collect(p for p in candidates("triton") if p.name in (OURS, TRL))
         rows = counts.count(lab, heads, 8, 4, 151936)
@@ -63,13 +63,12 @@ def test_operators_of_the_head_are_counted():
     ]
     assert all(row.operators > 10 for row in rows)  # an operator of its own would be one
     assert ours["trained", "forward"].launches > 5 > ours["frozen", "backward"].launches
-    missed = ours.pop(("frozen", "forward"))
-    assert (missed.operators, missed.launches) <= frozen_forward
-    goals = list(counts.judge([row for row in rows if row is not missed]))
+    assert ours["frozen", "forward"].launches <= 17
+    goals = list(counts.judge(rows))
     assert len(goals) >= 4
-    assert [goal for goal in goals if not goal.met] == []
+    assert [goal.what for goal in goals if not goal.met] in ([], [one_too_many])
     if any(row.impl == TRL for row in rows):
-        assert sum("beside TRL's" in goal.what for goal in goals) == 3
+        assert sum("beside TRL's" in goal.what for goal in goals) == 4
 
 
 def test_goals_of_the_head_follow_from_the_counts():
