@@ -1,7 +1,8 @@
 """What the loops take of tensors and options."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ ELEMENTS: dict[torch.dtype, Any] = {
     torch.float32: np.float32(0),
     torch.float64: np.float64(0),
 }
+ZEROS: dict[torch.dtype, Any] = {dtype: ELEMENTS[dtype] for dtype in (torch.float32, torch.float64)}
 ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8  # in the order of the partials' channels
 FLAGS = dict(zip(TOKEN_STATS, (ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS), strict=True))
 
@@ -39,12 +41,25 @@ def flags(stats: Sequence[str]) -> int | None:
     return sum(FLAGS[name] for name in stats) or None
 
 
-def exponent_scale(scaling: Scaling, dtype: torch.dtype) -> Any:
-    """As a number of dtype, which all three stages must use. One that is too large for products
-    with it is as good as any: it leaves the largest logit alone."""
-    return real(min(scaling.exponent_scale, 2.0**120), dtype)
+class Numbers(NamedTuple):
+    """Those of a Scaling, as numbers of the type that sums are in."""
+
+    exponent_scale: Any  # which all three stages must use
+    slope: Any
+    logit_scale: Any
+    softcap: Any  # None without one
+
+    @property
+    def of_cap(self) -> tuple[Any, Any]:
+        return self[2:]
 
 
-def cap_numbers(scaling: Scaling, dtype: torch.dtype) -> tuple[Any, Any]:
+@functools.lru_cache(64)  # to make them takes as long as a small loop
+def numbers(scaling: Scaling, dtype: torch.dtype) -> Numbers:
+    """An exponent's scale that is too large for products with it is as good as any: it leaves the
+    largest logit alone."""
     softcap = None if scaling.softcap is None else real(scaling.softcap, dtype)
-    return real(scaling.logit_scale, dtype), softcap
+    exponent_scale = real(min(scaling.exponent_scale, 2.0**120), dtype)
+    return Numbers(
+        exponent_scale, real(scaling.slope, dtype), real(scaling.logit_scale, dtype), softcap
+    )

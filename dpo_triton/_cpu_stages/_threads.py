@@ -1,5 +1,6 @@
 """Threads that share the rows of a call."""
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,9 @@ def share_rows(loop: Callable[..., None], num_rows: int, row_size: int, *inputs:
     that a thread which is held up, or does not come at all, leaves its rows to the others.
     """
     num_threads = min(torch.get_num_threads(), num_rows, num_rows * row_size // GRAIN)
-    counter = torch.zeros(1, dtype=torch.int64)
+    counter = ctypes.c_int64()
     step = max(1, GRAIN // row_size)
-    inputs = (counter.data_ptr(), step, num_rows, *inputs)
+    inputs = (ctypes.addressof(counter), step, num_rows, *inputs)
     if num_threads <= 1:
         loop(*inputs)
         return

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._records import LN2, Combined, Partials, Scaling
 from ._compiled import compiled, inner
 from ._numbers import softmax_rows, view
-from ._rows import ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGIT, TOP1, exponent_scale, flags, int64
+from ._rows import ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGIT, TOP1, flags, int64, numbers
 
 
 @inner
@@ -142,7 +142,7 @@ def combine(
         sums.data_ptr(), sums.stride(0), sums.stride(1), sums.shape[1],
         target.data_ptr(), weights.data_ptr(),
         0 if cu_seqlens is None else cu_seqlens.data_ptr(), reduction == "mean",
-        exponent_scale(scaling, weights.dtype), flags(stats), len(stats),
+        numbers(scaling, weights.dtype).exponent_scale, flags(stats), len(stats),
         out.values.data_ptr(), out.lengths.data_ptr(), out.logps.data_ptr(),
         out.softmax.data_ptr(), out.softmax.stride(0), out.stats.data_ptr(),
     )  # fmt: skip

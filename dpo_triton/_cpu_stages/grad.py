@@ -19,7 +19,7 @@ from ._numbers import (
     tanh,
     view,
 )
-from ._rows import ELEMENTS, cap_numbers, int64, real
+from ._rows import ELEMENTS, int64, numbers
 from ._threads import share_rows
 
 
@@ -111,14 +111,15 @@ def grad(
     dtype = scored.weights.dtype
     is_fresh = out is None
     out = zeros_like(logits) if out is None else out
+    of_scaling = numbers(scaling, dtype)
     grad_logps, labels = grad_logps.to(dtype), int64(scored.labels)
     share_rows(
         grad_rows, batch * seq_len, num_columns,
         seq_len, scored.shift, columns.first, num_columns, logits.data_ptr(),
         ELEMENTS[logits.dtype], *logits.stride()[:2], labels.data_ptr(),
         scored.weights.data_ptr(), grad_logps.data_ptr(), *grad_logps.stride(),
-        softmax.data_ptr(), softmax.stride(0), real(scaling.slope, dtype),
-        *cap_numbers(scaling, dtype), out.data_ptr(), *out.stride()[:2], not is_fresh,
+        softmax.data_ptr(), softmax.stride(0), of_scaling.slope,
+        *of_scaling.of_cap, out.data_ptr(), *out.stride()[:2], not is_fresh,
     )  # fmt: skip
     return out
 

@@ -33,12 +33,11 @@ from ._rows import (
     LOG_SUM_SQ_PROBS,
     MEAN_LOGIT,
     TOP1,
-    cap_numbers,
+    ZEROS,
     contiguous,
-    exponent_scale,
     flags,
     int64,
-    real,
+    numbers,
 )
 from ._threads import share_rows
 
@@ -213,17 +212,18 @@ def partials(
     labels, mask, cu_seqlens = int64(tokens.labels), tokens.mask, tokens.cu_seqlens
     mask = None if mask is None else contiguous(mask, dtype)
     cu_seqlens = None if cu_seqlens is None else int64(cu_seqlens)
+    of_scaling = numbers(scaling, dtype)
     token_weights(
         num_tokens, seq_len, tokens.shift, tokens.ignore_index, labels.data_ptr(),
         0 if mask is None else mask.data_ptr(),
         0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        weights.data_ptr(), real(0.0, dtype),
+        weights.data_ptr(), ZEROS[dtype],
     )  # fmt: skip
     share_rows(
         fold_rows, num_tokens, columns.width,
         seq_len, tokens.shift, *columns, logits.data_ptr(), ELEMENTS[logits.dtype],
         *logits.stride()[:2], labels.data_ptr(), weights.data_ptr(), target.data_ptr(),
-        sums.data_ptr(), sums.stride(0), exponent_scale(scaling, dtype),
-        *cap_numbers(scaling, dtype), flags(stats),
+        sums.data_ptr(), sums.stride(0), of_scaling.exponent_scale, *of_scaling.of_cap,
+        flags(stats),
     )  # fmt: skip
