@@ -1,42 +1,20 @@
 """Backends and devices of the suite. Without a GPU the kernels run in Triton's interpreter."""
 
-import importlib.util
 import os
 
 import pytest
 import torch
+from backends import BACKENDS, HAS_TRITON
 
 if not torch.cuda.is_available():  # read when @triton.jit runs: before dpo_triton.kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-try:
-    import triton  # noqa: F401
-except ModuleNotFoundError:
-    HAS_TRITON = False
-else:
-    HAS_TRITON = True
 
 if HAS_TRITON and IS_INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.round_like_a_gpu()
     triton_interpreter.compute_once()
-
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "cpu",
-        marks=[
-            pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed"),
-            pytest.mark.skipif(torch.cuda.is_available(), reason="the tests' tensors are on a GPU"),
-        ],
-    ),
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-    ),
-]
 
 
 @pytest.fixture(params=BACKENDS)
