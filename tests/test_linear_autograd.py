@@ -1,8 +1,7 @@
-"""Hidden states and head in autograd: gradcheck, graphs, autocast, checkpointing, scaling, DDP."""
+"""Hidden states and head in autograd: gradcheck, graphs, autocast, checkpointing, scaling."""
 
 import pytest
 import torch
-import torch.distributed as dist
 from batches import assert_close, fused
 from head_batches import ALL, FROZEN, TILE_V, linear_truth, make_head_batch, value_and_grads
 from pairwise import pairwise
@@ -191,47 +190,3 @@ def test_float16_at_steep_slopes(options, trains, backend, device):
     exact = linear_truth("seq_logprob", batch, trains=trains, **options)
     for grad, truth in zip(found[1:], exact[1:], strict=True):
         assert_close(grad, truth, 5e-2 * float(truth.abs().max()))
-
-
-class Model(nn.Module):
-    """A body, and a head that is a parameter."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.body = nn.Linear(16, 16)
-        nn.init.eye_(self.body.weight)
-        nn.init.zeros_(self.body.bias)
-        self.head = nn.Parameter(weight.clone())
-
-    def forward(self, states, labels, mask):
-        return fused_linear_seq_logprob(self.body(states), self.head, labels, mask)
-
-
-def _one_of_two(rank, rendezvous, inputs, results):
-    """A process of a data-parallel pair: half of the batch, the mean of the gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    states, weight, labels, mask = inputs
-    model = nn.parallel.DistributedDataParallel(Model(weight))
-    half = slice(2 * rank, 2 * rank + 2)
-    model(states[half], labels[half], mask[half]).mean().backward()
-    if rank == 0:
-        torch.save([p.grad for p in model.module.parameters()], results)
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
-def test_ddp(tmp_path):
-    """Two processes with half of the batch each have the gradients of one with all of it; one half
-    has nothing to score in a sequence."""
-    states, weight, _, labels, mask = make_head_batch((4, 5, 16), 300)
-    mask[3] = 0
-    inputs, results = (states, weight, labels, mask), tmp_path / "grads"
-    arguments = (str(tmp_path / "port"), inputs, str(results))
-    torch.multiprocessing.spawn(_one_of_two, arguments, nprocs=2)
-    model = Model(weight)
-    model(states, labels, mask).mean().backward()
-    grads = torch.load(results)
-    for parameter, grad in zip(model.parameters(), grads, strict=True):
-        assert parameter.grad.abs().max() > 0
-        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-6)
