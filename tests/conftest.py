@@ -1,5 +1,6 @@
 """Backends and devices of the suite. Without a GPU the kernels run in Triton's interpreter."""
 
+import gc
 import os
 
 import pytest
@@ -83,6 +84,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
     return f"inputs: --seed={config.getoption('--seed')}; kernels: {where}"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: or each collection of garbage looks at millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

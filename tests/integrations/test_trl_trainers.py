@@ -1,7 +1,6 @@
 """TRL's own trainers, with and without what `dpo_triton.integrations.trl` puts in place."""
 
 import copy
-import gc
 import math
 import os
 import socket
@@ -35,13 +34,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_and_many():
-    """The tensors are too small for threads, and each trainer collects garbage."""
+def one_thread():
+    """The tensors are too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
