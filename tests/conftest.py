@@ -1,83 +1,21 @@
 """Backends and devices of the suite. Without a GPU the kernels run in Triton's interpreter."""
 
-import importlib.util
+import gc
 import os
-from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
+from backends import BACKENDS, HAS_TRITON
 
 if not torch.cuda.is_available():  # read when @triton.jit runs: before dpo_triton.kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-try:
-    import triton  # noqa: F401
-except ModuleNotFoundError:
-    HAS_TRITON = False
-else:
-    HAS_TRITON = True
-
 if HAS_TRITON and IS_INTERPRETED:
-    import numpy as np
-    from triton.runtime import interpreter
+    import triton_interpreter
 
-    convert_float = interpreter._convert_float
-
-    def convert_like_a_gpu(x, source, target, rounding_mode):
-        """The interpreter cuts float32 to bfloat16 (Triton 3.7.1); every GPU rounds to nearest."""
-        if source.is_fp32() and target.is_bf16():
-            rounded = torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16()
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        return convert_float(x, source, target, rounding_mode)
-
-    def fma_like_a_gpu(self, x, y, z):
-        """The interpreter rounds the product, then the sum; float64 holds the product exactly."""
-        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
-        return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
-
-    # Half of the suite's time is computing whether integers overflow, and nothing is said of it:
-    # the assertions need debug=True.
-    options = interpreter.interpreter_builder.options
-    assert not options.debug
-    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
-
-    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched_for = set()
-
-    def patch_language_once(function):
-        """The interpreter does it in each call of a device function: half of the suite's time."""
-        modules = frozenset(
-            id(x) for x in function.__globals__.values() if isinstance(x, ModuleType)
-        )
-        if modules not in patched_for:
-            patched_for.add(modules)
-            return patch_language(function)
-
-    def launch_patched(*args, **kwargs):
-        patched_for.clear()
-        return launch(*args, **kwargs)
-
-    interpreter._patch_lang = patch_language_once
-    interpreter.GridExecutor.__call__ = launch_patched
-    interpreter._convert_float = convert_like_a_gpu
-    interpreter.InterpreterBuilder.create_fma = fma_like_a_gpu
-
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "cpu",
-        marks=[
-            pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed"),
-            pytest.mark.skipif(torch.cuda.is_available(), reason="the tests' tensors are on a GPU"),
-        ],
-    ),
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-    ),
-]
+    triton_interpreter.round_like_a_gpu()
+    triton_interpreter.compute_once()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -146,6 +84,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
     return f"inputs: --seed={config.getoption('--seed')}; kernels: {where}"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: or each collection of garbage looks at millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import BACKENDS
 from batches import fused, make_batch, value_and_grad
+from pairwise import pairwise
 
 import dpo_triton
 from dpo_triton import _ops
@@ -25,7 +27,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_fullgraph_keeps_bits(case, backend, device):
-    batch = make_batch((4, 6, 1030), torch.bfloat16, device)
+    batch = make_batch((4, 3, 1030), torch.bfloat16, device)
 
     def loss(logits, labels, mask):
         logps, stats = fused(backend)(
@@ -97,8 +99,14 @@ def test_inplace_backward_compiled(backend, device):
     assert torch.equal(eager[1], compiled[1])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed, backend, device):
+# A scaling by numbers, and one by a tensor of symbols.
+@pairwise(
+    packed=[False, True],
+    scaling=[(1.5, 1.0, None, None), (1.0, 1.0, None, torch.tensor([1.5, 1.0, 9.0]))],
+    reduction=["mean", "none"],
+    backend=BACKENDS,
+)
+def test_opcheck(packed, scaling, reduction, backend, device):
     """Every token is scored: what belongs to one that is not stays unwritten."""
     logits, labels, _ = make_batch((2, 4, 130), torch.float32, device)
     mask = torch.rand(2, 4, device=device) + 0.5
@@ -107,12 +115,10 @@ def test_opcheck(packed, backend, device):
         logits, labels, mask = logits.view(1, 8, 130), labels.view(1, 8), mask.view(1, 8)
         cu_seqlens = torch.tensor([0, 3, 8], device=device)
     tokens = (labels, mask, cu_seqlens, False, -100)
-    for scaling in ((1.5, 1.0, None, None), (1.0, 1.0, None, torch.tensor([1.5, 1.0, 9.0]))):
-        for reduction in ("mean", "none"):
-            inputs = (logits, *tokens, *scaling, reduction, ["entropy", "top1"], backend)
-            torch.library.opcheck(_ops.logprob.overload, inputs)
-        _, _, logps, softmax, _, weights = _ops.logprob(*inputs)
-        grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
-        inputs = (labels, weights, False, softmax, *scaling, backend)
-        torch.library.opcheck(_ops.logprob_grad.overload, (grad_logps, logits, *inputs))
-        torch.library.opcheck(_ops.logprob_grad_.overload, (grad_logps, logits.clone(), *inputs))
+    inputs = (logits, *tokens, *scaling, reduction, ["entropy", "top1"], backend)
+    torch.library.opcheck(_ops.logprob.overload, inputs)
+    _, _, logps, softmax, _, weights = _ops.logprob(*inputs)
+    grad_logps = torch.randn(len(logps), 1, device=device).expand_as(logps)
+    inputs = (labels, weights, False, softmax, *scaling, backend)
+    torch.library.opcheck(_ops.logprob_grad.overload, (grad_logps, logits, *inputs))
+    torch.library.opcheck(_ops.logprob_grad_.overload, (grad_logps, logits.clone(), *inputs))

@@ -165,17 +165,10 @@ assert sum(fold_rows.stats.cache_hits.values()) == 1
 """
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | environment
-    return subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True
-    )
-
-
 def test_numba_comes_with_the_first_call_and_code_is_kept():
     """Seconds are far below what compiling takes, on a busy machine too."""
     fused("cpu")(torch.randn(2, 3, 40), torch.zeros(2, 3, dtype=torch.long))
-    done = run_python(FIRST_CALL)
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 4
 
@@ -198,24 +191,6 @@ def test_what_is_kept_follows_the_files(tmp_path, monkeypatch):
     assert [hits(), hits()] == [0, 1]
     monkeypatch.setattr(_compiled, "DIGEST", "another")
     assert [hits(), hits()] == [0, 1]
-
-
-NO_NUMBA = """
-import importlib.util
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find_spec(name, *rest)
-import torch, dpo_triton
-x, y = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
-print(dpo_triton.fused_seq_logprob(x, y).shape)
-dpo_triton.fused_seq_logprob(x, y, backend="cpu")
-"""
-
-
-def test_without_numba():
-    done = run_python(NO_NUMBA)
-    assert "torch.Size([2])" in done.stdout
-    assert "ModuleNotFoundError" in done.stderr
-    assert "pip install numba" in done.stderr
 
 
 def test_tensors_elsewhere():

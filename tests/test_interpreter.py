@@ -1,4 +1,4 @@
-"""The interpreter stands in for a GPU: where it would not round like one, conftest mends it."""
+"""The interpreter stands in for a GPU: where it would not round like one, it is mended."""
 
 import pytest
 import torch

@@ -21,13 +21,14 @@ def device(backend, device) -> torch.device:
 def test_alone_in_a_batch_and_permuted(vocab_size, dtype, backend, device):
     if backend == "triton" and device.type == "cpu" and vocab_size > 20000:
         pytest.skip("slow in the interpreter; a GPU runs it")
-    batch = make_batch((5, 3, vocab_size), dtype, device)
+    rows = 3 if backend == "triton" else 5  # a program a row: the interpreter takes them one by one
+    batch = make_batch((rows, 2, vocab_size), dtype, device)
     values, grads = value_and_grad(fused(backend), batch)
-    order = torch.tensor([3, 1, 4, 0, 2], device=device)
+    order = torch.arange(rows, device=device).roll(2)
     permuted, permuted_grads = value_and_grad(fused(backend), batch._make(x[order] for x in batch))
     assert torch.equal(permuted, values[order])
     assert torch.equal(permuted_grads, grads[order])
-    for b in range(5):
+    for b in range(rows):
         value, grad = value_and_grad(fused(backend), batch._make(x[b : b + 1] for x in batch))
         assert torch.equal(value, values[b : b + 1])
         assert torch.equal(grad, grads[b : b + 1])
@@ -39,10 +40,10 @@ def test_alone_in_a_batch_and_permuted(vocab_size, dtype, backend, device):
 
 @pytest.mark.parametrize("vocab_size", [37, 1000, 16385])
 def test_softcap_too(vocab_size, backend, device):
-    batch = make_batch((4, 3, vocab_size), torch.float32, device)
+    batch = make_batch((3, 2, vocab_size), torch.float32, device)
     options = dict(softcap=7.0, temperature=0.6)
     values, grads = value_and_grad(fused(backend), batch, **options)
-    for b in range(4):
+    for b in range(3):
         alone = batch._make(x[b : b + 1] for x in batch)
         value, grad = value_and_grad(fused(backend), alone, **options)
         assert torch.equal(value, values[b : b + 1])

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import BACKENDS
 from batches import fused
 from head_batches import ALL, FROZEN, make_head_batch, value_and_grads
+from pairwise import pairwise
 
 from dpo_triton._head import _operators
 
@@ -24,8 +26,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("trains", [ALL, FROZEN])
-@pytest.mark.parametrize("case", CASES)
+@pairwise(case=list(CASES), trains=[ALL, FROZEN], backend=BACKENDS)
 def test_fullgraph_keeps_bits(case, trains, backend, device):
     batch = make_head_batch((4, 6, 16), 300, torch.bfloat16, device)
 
@@ -73,8 +74,7 @@ def test_fullgraph_autocast(device):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("make_grad", [False, True])
-@pytest.mark.parametrize("layout", ["dense", "packed", "views"])
+@pairwise(layout=["dense", "packed", "views"], make_grad=[False, True], backend=BACKENDS)
 def test_opcheck(layout, make_grad, backend, device):
     """Every token is scored: what belongs to one that is not stays unwritten. A transposed weight
     and labels: the fakes know the strides of what comes back."""

@@ -4,7 +4,7 @@ A Python block runs by itself. Words after "python" on its fence say how:
 
     needs NAME      where the module NAME, and what it needs, is installed; else its test is skipped
     compiled        in a process of its own that compiles kernels
-    interpreted     likewise in one that interprets them
+    interpreted     in one that interprets them, as this one may do
     ranks N         by torchrun, in N processes
 
 A block that begins with the name of a public function and a parenthesis is its signature, and is
@@ -14,6 +14,7 @@ compared with the code. There is no block that nothing is done with.
 import inspect
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,10 @@ def test_code_runs(block, tmp_path, monkeypatch):
         if is_interpreted and not interpreter_takes_numpy():
             pytest.skip("this Triton's interpreter does not run with this NumPy")
         (tmp_path / "block.py").write_text(block.code)  # Triton reads a kernel's source
-        run_in_own_process(["block.py"], is_interpreted=is_interpreted, folder=tmp_path)
+        if is_interpreted and os.environ.get("TRITON_INTERPRET") == "1":
+            runpy.run_path(str(tmp_path / "block.py"))
+        else:
+            run_in_own_process(["block.py"], is_interpreted=is_interpreted, folder=tmp_path)
         return
     elif words[:1] == ["ranks"]:
         (tmp_path / "block.py").write_text(block.code)

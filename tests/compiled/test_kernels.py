@@ -7,6 +7,7 @@ which also checks bounds, alignment, barriers and races (its own tests: test_emu
 import pytest
 import torch
 from batches import Batch, assert_within_budget, fused, make_batch, max_error, truth, value_and_grad
+from pairwise import pairwise
 
 from dpo_triton import reference
 from gpu_lab.driver import emulate
@@ -59,8 +60,7 @@ def check(batch, shift=False, **options):
     return value, grad
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pairwise(vocab_size=VOCABULARIES, dtype=DTYPES, target=TARGETS)
 def test_value_and_gradient(vocab_size, dtype, lab):
     check(make_batch((2, 3, vocab_size), dtype))
     assert {launch.kernel for launch in lab.launches} == {
@@ -68,8 +68,7 @@ def test_value_and_gradient(vocab_size, dtype, lab):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab_size", [1, 1023, 6400, 16385])
+@pairwise(vocab_size=[1, 1023, 6400, 16385], dtype=DTYPES, target=TARGETS)
 def test_warps_apart(vocab_size, dtype, target):
     """Warps that run as far apart as barriers let them give the bits of those that run together."""
     batch = make_batch((2, 2, vocab_size), dtype)
@@ -98,20 +97,20 @@ def test_padded_head(dtype, lab):
     assert wide_bytes > 0.97 * 50257 * batch.logits.element_size() * int((batch.mask != 0).sum())
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "options"),
-    [
+@pairwise(
+    case=[
         (6400, dict(shift=True)),
         (16385, dict(shift=True, reduction="sum")),
         (6400, dict(temperature=0.7)),
         (1023, dict(softcap=5.0, logit_scale=0.7, temperature=1.3)),
         (16400, dict(softcap=5.0, logit_scale=0.7, shift=True)),
     ],
-    ids=str,
+    dtype=[torch.bfloat16, torch.float32],
+    target=TARGETS,
 )
-def test_options(vocab_size, options, lab):
-    for dtype in (torch.bfloat16, torch.float32) if vocab_size > 10_000 else (torch.bfloat16,):
-        check(make_batch((2, 4, vocab_size), dtype), **options)
+def test_options(case, dtype, lab):
+    vocab_size, options = case
+    check(make_batch((2, 4, vocab_size), dtype), **options)
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -176,8 +175,9 @@ def test_a_sequence_has_its_bits_wherever_it_is():
     assert torch.equal(alone[0], packed[1])
 
 
-@pytest.mark.parametrize("vocab_size", [1, 6400, 16385])
-@pytest.mark.parametrize("options", [{}, dict(softcap=8.0, logit_scale=0.5)], ids=str)
+@pairwise(
+    vocab_size=[1, 6400, 16385], options=[{}, dict(softcap=8.0, logit_scale=0.5)], target=TARGETS
+)
 def test_stats(vocab_size, options, lab):
     """Every stat, and no bit of the values changed by asking for them."""
     batch = make_batch((2, 3, vocab_size), torch.bfloat16)
