@@ -138,6 +138,59 @@ def dpo_step(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"{what}; {_setting(first)}."])
 
 
+def kernels(rows: list[Row]) -> str:
+    """What the compiled kernels execute and move, and what a model makes of it: a line a quantity,
+    a column an implementation."""
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    of = {
+        (row["impl"], row["quantity"], row["passes"], row["where"], row["case"]): float(
+            row["value"]
+        )
+        for row in rows
+        if row["quantity"] in KERNEL_QUANTITIES
+    }
+
+    def both_targets(name: str, quantity: str, passes: str) -> str:
+        cells = []
+        for impl in impls:
+            found = [of[impl, quantity, passes, target, "all"] for target in ("sm_90", "sm_100")]
+            cells.append(" / ".join(f"{number:.2f}" for number in found))
+        return _line(f"{name}, {passes}, sm_90 / sm_100", *cells)
+
+    def one(name: str, form: str, *key: str) -> str:
+        return _line(name, *(form.format(of[(impl, *key)]) for impl in impls))
+
+    def modelled(device: str, case: str, name: str) -> str:
+        cells = [
+            sum(of[impl, MODELLED, passes, device, case] for passes in ("forward", "backward"))
+            for impl in impls
+        ]
+        what = f"modelled ms of 8192 rows, forward + backward, {device}, {name}"
+        return _line(what, *(f"{ms:.2f}" for ms in cells))
+
+    names = {"all": "all rows scored", "50%, shift": "half of the rows scored, shifted"}
+    lines = _heading("", *impls)
+    for passes in ("forward", "backward"):
+        lines.append(both_targets("PTX instructions per logit", PTX, passes))
+        lines.append(both_targets("machine instructions (SASS) per logit", SASS, passes))
+    lines.append(one("exponentials per logit, forward", "{:.2f}", EXP2, "forward", "sm_90", "all"))
+    lines.append(
+        one("barriers in the loop, forward", "{:.0f}", BARRIERS, "forward", "sm_90", "all")
+    )
+    for case, name in names.items():
+        key = (BYTES, "forward+backward", "sm_90", case)
+        lines.append(one(f"bytes per logit, forward + backward, {name}", "{:.1f}", *key))
+    for device in ("H100 SXM", "B200"):
+        lines += [modelled(device, case, name) for case, name in names.items()]
+    return "\n".join([*lines, "", f"{_setting(rows[0])}."])
+
+
+PTX, SASS = "PTX instructions per logit", "machine instructions per logit"
+EXP2, BARRIERS = "exp2 per logit", "barriers in the loop"
+BYTES, MODELLED = "total bytes per logit", "modelled time"
+KERNEL_QUANTITIES = (PTX, SASS, EXP2, BARRIERS, BYTES, MODELLED)
+
+
 def versions(rows: list[Row]) -> str:
     """Which combinations ran, when, and what came of it."""
     lines = _heading(*rows[0])
@@ -150,6 +203,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "vocab-sizes": vocab_sizes,
     "head": head,
     "dpo-step": dpo_step,
+    "kernels": kernels,
     "versions": versions,
 }
 
