@@ -4,6 +4,7 @@ Here alone arguments are flat, as schemas want them. torch.compile sees an opaqu
 describes. Operators are registered without autograd, which is outside of them, in `_autograd`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,27 +37,43 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.body = body
 
-    def __call__(self, tensor: Tensor, *inputs: Any) -> Any:
-        if is_watched(tensor):
-            return self.overload(tensor, *inputs)
+    def __call__(self, *inputs: Any) -> Any:
+        if is_watched(*inputs):
+            return self.overload(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.body(tensor, *inputs)
+            return self.body(*inputs)
 
 
-def is_watched(tensor: Tensor) -> bool:
+def is_watched(*inputs: Any) -> bool:
     """Whether more than the device takes part in an operator: a tracer, a mode, a transform, a
-    profiler, a class of tensors, tensors without data. In eager calls the dispatcher would take
+    profiler, or a tensor that is more than its memory. In eager calls the dispatcher would take
     longer than a kernel's launch.
     """
     return (
         torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or tensor.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
+        or not all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Not of a class of its own, without data, with a sign to be resolved, batched, sparse, ..."""
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    return type(tensor) in (Tensor, torch.nn.Parameter) and keys in _plain_keys(tensor.device.type)
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> frozenset[int]:
+    """Dispatch keys of tensors that are their memory and nothing else."""
+    if device_type == "meta":
+        return frozenset()
+    plain = torch.empty(0, device=device_type)
+    with torch.inference_mode():
+        of_inference = torch.empty(0, device=device_type)
+    return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (plain, of_inference))
 
 
 def symbols_of(scaling: Scaling) -> Tensor | None:

@@ -42,7 +42,7 @@ def launch(
         driver,
         driver.get_current_device(),
         *[None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors],
-        *[size.bit_length() > 31 for size in sizes],
+        *[-(1 << 31) <= size < 1 << 31 for size in sizes],  # else int64
         torch.version.hip and tuple(x is None or _is_within_2_gib(x) for x in tensors),
         values,
     )

@@ -252,3 +252,15 @@ def test_outliers_and_their_stats(host):
     tokens.sum().backward()
     expected = torch.tensor([[[1.0, -1.0, 0.0], [0.0, 0.5, -0.5], [-0.5, 0.0, 0.5]]])
     torch.testing.assert_close(logits.grad, expected)
+
+
+def test_after_the_main_thread_has_ended_one_thread_does_it():
+    """No thread can be started any more at the interpreter's end."""
+    code = (
+        "import atexit, torch; from dpo_triton import fused_seq_logprob; torch.set_num_threads(2)\n"
+        "x, labels = torch.zeros(4, 6, 30000), torch.zeros(4, 6, dtype=torch.int64)\n"
+        "atexit.register(lambda: print(fused_seq_logprob(x, labels, backend='cpu').tolist()))\n"
+        "fused_seq_logprob(x, labels, backend='cpu')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("-10.308") == 4, done.stdout + done.stderr

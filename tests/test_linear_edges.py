@@ -16,6 +16,8 @@ from head_batches import (
 )
 from pairwise import pairwise
 
+from dpo_triton import fused_linear_seq_logprob
+
 NAN, INF = math.nan, math.inf
 
 
@@ -210,3 +212,19 @@ def test_all_others_banned_is_certain(trains, backend, device):
     value, *grads = value_and_grads(seq(backend), batch, trains=trains)
     assert value[0] == 0
     assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+def test_a_float16_gradient_far_inside_of_its_range_is_finite(trains, backend, device):
+    """Probabilities are written as up to 2 ** 10: times weights of 100 they leave float16."""
+    hidden = torch.full((1, 1, 1), 0.1, dtype=torch.float16, device=device).requires_grad_()
+    weight = torch.zeros(6, 1, dtype=torch.float16, device=device)
+    weight[1] = 100.0
+    labels = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    value = fused_linear_seq_logprob(hidden, weight.requires_grad_(trains), labels, backend=backend)
+    (grad,) = torch.autograd.grad(value.sum(), hidden)
+    probability = torch.softmax(
+        hidden.detach().double().cpu() @ weight.detach().double().cpu().t(), -1
+    )
+    exact = float(-100 * probability[0, 0, 1])
+    assert abs(float(grad) - exact) < 0.002 * abs(exact)

@@ -67,6 +67,55 @@ def test_an_eager_call_goes_past_the_dispatcher_with_the_same_bits(batch, head, 
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_tensor_that_is_more_than_its_memory_goes_through_the_dispatcher(batch, backend):
+    """A sign that is to be resolved, zeros without memory, gradients in a batch."""
+    if batch[0].is_cuda:
+        pytest.skip("these backends are for a CPU")
+    if backend == "cpu":
+        pytest.importorskip("numba")
+    logits, labels, mask = batch
+
+    def score(logits, mask):
+        return fused_seq_logprob(logits, labels, mask, reduction="sum", backend=backend)
+
+    value = score(logits, mask)
+    torch.testing.assert_close(score(torch._neg_view(-logits), mask), value)
+    leaf = logits.clone().requires_grad_()
+    value = score(leaf, mask)
+    (minus,) = torch.autograd.grad(value, leaf, -torch.ones(2), retain_graph=True)
+    signed = torch._neg_view(torch.ones(2))
+    assert torch.equal(torch.autograd.grad(value, leaf, signed, retain_graph=True)[0], minus)
+    no_memory = torch._efficientzerotensor((2,))
+    assert (torch.autograd.grad(value, leaf, no_memory)[0] == 0).all()
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda x: score(x, mask), logits, vectorize=vectorize)
+        for vectorize in (False, True)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_labels_of_a_class_of_their_own_are_seen(batch):
+    class Wrapped(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+            made.inner = inner
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            plain = [x.inner if isinstance(x, Wrapped) else x for x in args]
+            return func(*plain, **(kwargs or {}))
+
+    if batch[0].is_cuda:
+        pytest.skip("a wrapper of CPU tensors")
+    logits, labels, mask = batch
+    value = fused_seq_logprob(logits, labels, mask)
+    assert torch.equal(fused_seq_logprob(logits, Wrapped(labels), mask), value)
+    assert torch.equal(fused_seq_logprob(logits, labels, Wrapped(mask)), value)
+
+
 def test_who_is_watched(batch):
     logits = batch[0]
     assert not _ops.is_watched(logits)

@@ -3,7 +3,8 @@
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def share_rows(loop: Callable[..., None], num_rows: int, row_size: int, *inputs:
     if num_threads <= 1:
         loop(*inputs)
         return
-    helpers = [_pool.get().submit(loop, *inputs) for _ in range(num_threads - 1)]
+    helpers: list[Future[None]] = []
+    with suppress(RuntimeError):  # at the interpreter's end no thread starts: this one does it all
+        helpers += [_pool.get().submit(loop, *inputs) for _ in range(num_threads - 1)]
     try:
         loop(*inputs)
     finally:

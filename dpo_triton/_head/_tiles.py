@@ -171,11 +171,15 @@ def fill_(tile: Tile, hidden: Tensor, head: Weights) -> None:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     """total = a @ b if it is the first, total += a @ b if it is not; total may be float32 for
-    16-bit factors. A product of those is rounded to 16 bits before it is added on a CPU, and on an
-    AMD GPU, whose PyTorch has no `out_dtype`."""
+    16-bit factors. A product of those is rounded to bfloat16 before it is added on a CPU, and on an
+    AMD GPU, whose PyTorch has no `out_dtype`; float16, whose range it may leave, is widened there.
+    """
+    has_out_dtype = a.is_cuda and torch.version.hip is None
+    if a.dtype == torch.float16 and not has_out_dtype:
+        a, b = a.to(total.dtype), b.to(total.dtype)
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0.0 if is_first else 1.0, out=total)
-    elif a.is_cuda and torch.version.hip is None:
+    elif has_out_dtype:
         if is_first:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:

@@ -77,3 +77,15 @@ def test_sizes_of_64_bits_are_another_specialisation(bound):
     assert "_partials_kernel" in bound
     assert lab.records[-3].arguments["stride_logits_b"] == 1 << 32
     assert lab.records[-3].kernel.signature["stride_logits_b"] == "i64"
+
+
+def test_the_least_number_of_32_bits_is_no_64_bit_one():
+    """-2 ** 31 is an int32 to Triton, and has as many bits as 2 ** 31."""
+    logits, labels, mask = batch_of()
+    with emulate("sm_90"):
+        values = [
+            fused_seq_logprob(logits, labels, mask, ignore_index=index, backend="triton")
+            for index in (-(2**31), 2**40 + int(labels[0, 0]), -(2**40) + int(labels[0, 0]))
+        ]
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
