@@ -38,10 +38,15 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         with_narrow_tiles(monkeypatch.setattr)
 
 
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--seed"))
+
+
 @pytest.fixture(autouse=True)
-def fresh_seed(request: pytest.FixtureRequest) -> None:
+def fresh_seed(seed: int) -> None:
     """Inputs are drawn anew in every run; --seed repeats one."""
-    torch.manual_seed(request.config.getoption("--seed"))
+    torch.manual_seed(seed)
 
 
 @pytest.fixture

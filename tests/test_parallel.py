@@ -96,11 +96,6 @@ ALIGNED = dict(shape=(3, 6, 24, ALIGNED_BOUNDS[-1]), bounds=ALIGNED_BOUNDS)
 
 
 @pytest.fixture(scope="module")
-def seed(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--seed"))
-
-
-@pytest.fixture(scope="module")
 def device() -> torch.device:
     """Where there is a GPU too: gloo exchanges no CUDA tensors as shards do, and NCCL takes a GPU
     for each rank."""

@@ -30,11 +30,6 @@ BENCHMARK = ways.Batch(4, 8, 16, 4 * 5000, 0.5, seed=0)
 
 
 @pytest.fixture(scope="module")
-def seed(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--seed"))
-
-
-@pytest.fixture(scope="module")
 def device() -> torch.device:
     """Where there is a GPU too: gloo exchanges no CUDA tensors as shards do, and NCCL takes a GPU
     for each rank."""

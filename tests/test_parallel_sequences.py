@@ -33,11 +33,6 @@ MESHES = {"FSDP2": (4,), "HSDP": (2, 2)}
 
 
 @pytest.fixture(scope="module")
-def seed(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--seed"))
-
-
-@pytest.fixture(scope="module")
 def device() -> torch.device:
     """Where there is a GPU too: gloo exchanges no CUDA tensors as shards do, and NCCL takes a GPU
     for each rank."""

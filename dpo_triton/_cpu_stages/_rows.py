@@ -11,14 +11,13 @@ from torch import Tensor
 from .._checks import TOKEN_STATS
 from .._records import Scaling
 
-# A number of each type of logits: in the loops bfloat16 is uint16, and float16 is int16.
+# A zero of each type of logits: in the loops bfloat16 is uint16, and float16 is int16.
 ELEMENTS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
     torch.float16: np.int16(0),
     torch.float32: np.float32(0),
     torch.float64: np.float64(0),
 }
-ZEROS: dict[torch.dtype, Any] = {dtype: ELEMENTS[dtype] for dtype in (torch.float32, torch.float64)}
 ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8  # in the order of the partials' channels
 FLAGS = dict(zip(TOKEN_STATS, (ENTROPY, MEAN_LOGIT, TOP1, LOG_SUM_SQ_PROBS), strict=True))
 

@@ -6,7 +6,7 @@ from .._checks import check_values
 from .._records import Tokens
 from ._compiled import compiled
 from ._numbers import view
-from ._rows import ZEROS, int64
+from ._rows import ELEMENTS, int64
 
 
 @compiled
@@ -22,6 +22,6 @@ def num_outside(num_tokens, labels, weights, vocab_size, like):
 def check(tokens: Tokens, weights: Tensor, vocab_size: int) -> None:
     """Raise an error of wrong labels, or of wrong cu_seqlens."""
     labels = int64(tokens.labels)
-    inputs = (labels.data_ptr(), weights.data_ptr(), vocab_size, ZEROS[weights.dtype])
+    inputs = (labels.data_ptr(), weights.data_ptr(), vocab_size, ELEMENTS[weights.dtype])
     if tokens.cu_seqlens is not None or num_outside(labels.numel(), *inputs) > 0:
         check_values(tokens, weights, vocab_size)

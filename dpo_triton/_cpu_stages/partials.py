@@ -33,7 +33,6 @@ from ._rows import (
     LOG_SUM_SQ_PROBS,
     MEAN_LOGIT,
     TOP1,
-    ZEROS,
     contiguous,
     flags,
     int64,
@@ -218,7 +217,7 @@ def partials(
         0 if mask is None else mask.data_ptr(),
         0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        weights.data_ptr(), ZEROS[dtype],
+        weights.data_ptr(), ELEMENTS[dtype],
     )  # fmt: skip
     share_rows(
         fold_rows, num_tokens, columns.width,
