@@ -93,10 +93,11 @@ def _grad_kernel(
     VEC: tl.constexpr,  # those that the gradient's allow too
 ):
     dtype = grad_logits_ptr.dtype.element_ty
-    row = (tl.program_id(0) // num_splits).to(tl.int64)
-    n = row + SHIFT  # past a sequence's end it is the next one's first token, which has no weight
-    b = row // seq_len
-    t = row % seq_len
+    row = tl.program_id(0) // num_splits
+    token = row + SHIFT  # past a sequence's end it is the next one's first, which has no weight
+    n = token.to(tl.int64)  # B * T * V passes 2**31
+    b = (row // seq_len).to(tl.int64)  # divided in 32 bits: 64 take a function of their own
+    t = (row % seq_len).to(tl.int64)
     row_start = b * stride_logits_b + t * stride_logits_t
     row_ptr = logits_ptr + tl.multiple_of(row_start, LOGITS_VEC)
     out_start = b * stride_grad_logits_b + t * stride_grad_logits_t
@@ -111,8 +112,9 @@ def _grad_kernel(
     weight = tl.load(weights_ptr + n, mask=n < num_tokens, other=0.0)
     if weight != 0.0:
         y = tl.load(labels_ptr + n).to(tl.int64) - first_column
-        upstream_ptr = grad_logps_ptr + n // seq_len * stride_grad_logps_b
-        upstream = tl.load(upstream_ptr + n % seq_len * stride_grad_logps_t).to(tl.float32)
+        upstream_ptr = grad_logps_ptr + (token // seq_len).to(tl.int64) * stride_grad_logps_b
+        upstream_ptr += (token % seq_len).to(tl.int64) * stride_grad_logps_t
+        upstream = tl.load(upstream_ptr).to(tl.float32)
         coefficient = upstream * weight * tl.cast(slope, tl.float32)
         softmax_ptr += n
         target_grad = coefficient * tl.load(softmax_ptr)

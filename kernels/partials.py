@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._float32 import rounded_product
 from ._launch import launch
+from ._narrow import max_and_sum, peak_and_ties
 from ._tiles import (
     LARGEST_EXPONENT,
     LOWEST,
@@ -95,62 +96,6 @@ def _fold(
     return new_peak, total, weighted, earlier, square_sum
 
 
-# Per thread, the largest u of the columns from start up to end, and the sum of u * MEAN_UNIT. In
-# narrow tiles, so that what is done to a part of a tile, and seldom, takes no registers from the
-# loop.
-@triton.jit
-def _max_and_sum(
-    row_ptr,
-    start,
-    end,
-    logit_scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    THREADS: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    largest = tl.full([THREADS], -float("inf"), tl.float32)
-    total = tl.zeros([THREADS], tl.float32)
-    for first in range(start, end, THREADS * VEC):
-        x = load_tail(row_ptr + first, end - first, 0.0, 1, THREADS, VEC)
-        u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
-        total += own_sum(u * MEAN_UNIT)
-        inside = own_columns(1, THREADS, VEC) < from_own(end - first, THREADS, VEC)
-        largest = tl.maximum(largest, own_max(tl.where(inside, u, -float("inf"))))
-    return largest, total
-
-
-# The largest u of the columns from start up to end but y, and how many logits equal it.
-@triton.jit
-def _peak_and_ties(
-    row_ptr,
-    start,
-    end,
-    y,
-    logit_scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    THREADS: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    peak = tl.full([THREADS], LOWEST, tl.float32)
-    ties = tl.zeros([THREADS], tl.float32)
-    own = own_columns(1, THREADS, VEC)
-    for first in range(start, end, THREADS * VEC):
-        x = load_tail(row_ptr + first, end - first, 0.0, 1, THREADS, VEC)
-        u = cap(x, logit_scale, softcap, HAS_SOFTCAP)
-        is_other = own != from_own(y - first, THREADS, VEC)
-        is_other &= own < from_own(end - first, THREADS, VEC)
-        u = tl.where(is_other, u, -float("inf"))
-        new_peak = tl.maximum(peak, own_max(u))
-        below = u - new_peak[None, :, None]  # NaN of NaN and +inf, which stays
-        ties *= tl.where(new_peak > peak, 0.0, 1.0)
-        ties += own_sum(tl.where(below < 0.0, 0.0, 1.0 + below))
-        peak = new_peak
-    largest = tl.max(peak)
-    return largest, tl.sum(ties * tl.where(peak < largest, 0.0, 1.0))
-
-
 # One program per token n and split k: token n is scored by logits row n - SHIFT, and split k has
 # the columns from k * SPLIT_V on. Programs of one token are neighbours; the first of them stores
 # its weight. Sizes are not specialised: a batch of another shape compiles nothing.
@@ -193,7 +138,8 @@ def _partials_kernel(
     VEC: tl.constexpr,
 ):
     split = tl.program_id(0) % num_splits
-    n = (tl.program_id(0) // num_splits).to(tl.int64)  # B * T * V passes 2**31
+    token = tl.program_id(0) // num_splits
+    n = token.to(tl.int64)  # B * T * V passes 2**31
     y = tl.load(labels_ptr + n).to(tl.int64)
     weight = 1.0
     if mask_ptr is not None:
@@ -204,21 +150,24 @@ def _partials_kernel(
         weight = tl.where(n < packed_end, weight, 0.0)
     if SHIFT:  # nothing predicts the first token of a sequence
         if cu_seqlens_ptr is not None:
-            is_first = (n == 0) | starts_a_sequence(cu_seqlens_ptr, num_sequences, n)
+            is_first = (token == 0) | starts_a_sequence(cu_seqlens_ptr, num_sequences, n)
         else:
-            is_first = n % seq_len == 0
+            is_first = token % seq_len == 0
         weight = tl.where(is_first, 0.0, weight)
     if split == 0:
         tl.store(weights_ptr + n, weight)
 
     if weight != 0.0:
         exponent_scale = tl.cast(exponent_scale, tl.float32)
-        row = n - 1 if SHIFT else n
-        row_start = row // seq_len * stride_logits_b + row % seq_len * stride_logits_t
+        row = token - 1 if SHIFT else token
+        b = (row // seq_len).to(tl.int64)  # divided in 32 bits: 64 take a function of their own
+        t = (row % seq_len).to(tl.int64)
+        row_start = b * stride_logits_b + t * stride_logits_t
         row_ptr = logits_ptr + tl.multiple_of(row_start, VEC)
-        in_vocabulary = (y >= 0) & (y < vocab_size)  # else NaN, never a stray read
+        # Else NaN, never a stray read. As unsigned numbers, negative ones are beyond all others.
+        in_vocabulary = y.to(tl.uint64) < tl.cast(vocab_size, tl.uint64)
         column = tl.where(in_vocabulary, y - first_column, -1).to(tl.int32)  # the target's
-        is_here = (column >= 0) & (column < num_columns)
+        is_here = column.to(tl.uint32) < tl.cast(num_columns, tl.uint32)
         if split == 0:
             x_y = tl.load(row_ptr + column, mask=is_here, other=0.0).to(tl.float32)
             u_y = cap(x_y, logit_scale, softcap, HAS_SOFTCAP)
@@ -227,8 +176,8 @@ def _partials_kernel(
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
         TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
-        limit = tl.minimum(1.0 / exponent_scale * LARGEST_EXPONENT, -LOWEST)  # of peaks
-        peak = tl.zeros([THREADS], tl.float32) - limit
+        limit = tl.minimum(LARGEST_EXPONENT / exponent_scale, -LOWEST)  # of peaks
+        peak = tl.full([THREADS], -limit, tl.float32)
         total = tl.zeros([THREADS], tl.float32)
         weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
         logit_sum = tl.zeros([THREADS], tl.float32)  # sum of u * MEAN_UNIT, target included
@@ -245,7 +194,7 @@ def _partials_kernel(
             # Two whole branches: one that only changed u would copy the tile in every iteration.
             if (column >= start) & (column < start + BLOCK_V):
                 if TOP1:
-                    here, _ = _max_and_sum(
+                    here, _ = max_and_sum(
                         row_ptr, start, column, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
                     )
                     earlier = tl.maximum(earlier, here)
@@ -270,12 +219,12 @@ def _partials_kernel(
         if tail < bound:
             if TOP1:
                 end = tl.minimum(column, bound)
-                here, _ = _max_and_sum(
+                here, _ = max_and_sum(
                     row_ptr, tail, end, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
                 )
                 earlier = tl.maximum(earlier, here)
             if MEAN_LOGIT:
-                _, tail_sum = _max_and_sum(
+                _, tail_sum = max_and_sum(
                     row_ptr, tail, bound, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
                 )
                 logit_sum += tail_sum
@@ -296,7 +245,7 @@ def _partials_kernel(
             if LOG_SUM_SQ_PROBS:
                 split_square_sum = tl.sum(square_sum * shrink * shrink)
         else:  # banned whole, or out of reach
-            split_peak, split_total = _peak_and_ties(
+            split_peak, split_total = peak_and_ties(
                 row_ptr, first, bound, column, logit_scale, softcap, HAS_SOFTCAP, THREADS, VEC
             )
             split_weighted = 0.0

@@ -3,9 +3,11 @@ for."""
 
 import pytest
 import torch
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from dpo_triton import fused_seq_logprob, reference
+from gpu_lab import driver
 from gpu_lab.driver import emulate
 
 BF16 = torch.bfloat16
@@ -54,6 +56,18 @@ def test_each_specialisation_is_bound_once_and_is_right(bound):
                 exact = reference.seq_logprob(logits.double(), labels, mask, **options)
                 torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
     assert bound == []  # in the second round
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_products_are_fused_into_sums_whatever_the_default(monkeypatch, target):
+    """Triton's default is fusion, and from 3.10 on none: an instruction more for each logit."""
+    monkeypatch.setattr(driver, "_drivers", {})  # as in a new process
+    monkeypatch.setattr(knobs.language, "default_fp_fusion", False)
+    logits, labels, mask = batch_of()
+    with emulate(target, schedule=None) as lab:
+        value = fused_seq_logprob(logits.requires_grad_(), labels, mask, backend="triton")
+        value.sum().backward()
+    assert [kernel.metadata.enable_fp_fusion for kernel in lab.kernels] == [True] * 4
 
 
 def test_another_target_compiles_anew():
