@@ -3,15 +3,15 @@ the autograd function of logits.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _checks, _ops
-from ._records import Request, Scaling, Scores, Tokens, VocabShard
+from ._records import Combined, Request, Scaling, Scored, Scores, Tokens, VocabShard
 
 
 class Options(NamedTuple):
@@ -43,20 +43,24 @@ class Source(Protocol):
     def check(self, tokens: Tokens) -> None:
         """Raise what is wrong with it, and with the tokens beside it."""
 
-    def as_batch(self) -> "Source":
-        """Packed rows as a batch of one."""
+    def as_batch(self) -> Any:
+        """Packed rows as a batch of one, a Source of the same kind."""
 
-    def score(self, tokens: Tokens, scaling: Scaling, request: Request) -> Scores:
+    def score(self, tokens: Tokens, request: Request) -> Scores:
         """Both passes, differentiable."""
 
 
-class Call(NamedTuple):
-    """What was checked, as the stages take it."""
+AnySource = TypeVar("AnySource", bound=Source)
 
-    source: Any  # the Source that it was
-    tokens: Tokens  # (B, T)
-    scaling: Scaling
-    request: Request
+
+class Passes(NamedTuple):
+    """Both passes over logits: by operators where all of them are here, else by stages and what the
+    other ranks say."""
+
+    # Logits, tokens, request, symbols -> a Combined, and the weights (B, T).
+    forward: Callable[[Tensor, Tokens, Request, Tensor | None], tuple[Combined, Tensor]]
+    # Upstream (B, T), logits, scored, softmax, request, symbols, in place -> gradient of logits.
+    backward: Callable[[Tensor, Tensor, Scored, Tensor, Request, Tensor | None, bool], Tensor]
 
 
 class Logits(NamedTuple):
@@ -82,13 +86,15 @@ class Logits(NamedTuple):
     def as_batch(self) -> "Logits":
         return self._replace(logits=self.logits[None])
 
-    def score(self, tokens: Tokens, scaling: Scaling, request: Request) -> Scores:
-        symbols = _ops.symbols_of(scaling)
-        inputs = (self.logits, tokens, scaling, symbols, request)
+    def score(self, tokens: Tokens, request: Request) -> Scores:
+        return self.scored_by(_HERE, tokens, request)
+
+    def scored_by(self, passes: Passes, tokens: Tokens, request: Request) -> Scores:
+        inputs = (self.logits, tokens, request, _ops.symbols_of(request.scaling))
         if torch.is_grad_enabled() and self.logits.requires_grad:
-            return Scores(*Logprob.apply(*inputs, self.inplace_backward))  # type: ignore[no-untyped-call]
-        values, lengths, logps, _, stats, _ = _forward(*inputs)
-        return scores(request, values, lengths, logps, stats)
+            return Scores(*Logprob.apply(*inputs, self.inplace_backward, passes))  # type: ignore[no-untyped-call]
+        combined, _ = passes.forward(*inputs)
+        return scores(request, combined)
 
 
 def log_probabilities(
@@ -101,13 +107,15 @@ def log_probabilities(
 
         found = sharded_scores(source, tokens, options)
     else:
-        call = checked(source, tokens, options)
-        found = call.source.score(call.tokens, call.scaling, call.request)
+        source, tokens, request = checked(source, tokens, options)
+        found = source.score(tokens, request)
     return _named(found, tokens.cu_seqlens is not None, options)
 
 
-def checked(source: Source, tokens: Tokens, options: Options) -> Call:
-    """Check what came, and put it as the stages take it."""
+def checked(
+    source: AnySource, tokens: Tokens, options: Options
+) -> tuple[AnySource, Tokens, Request]:
+    """Check what came, and put it as the stages take it: tokens and their rows as a batch."""
     _checks.check_choices(options)
     source.check(tokens)
     scaling = _checks.checked_scaling(options.scaling)
@@ -116,6 +124,7 @@ def checked(source: Source, tokens: Tokens, options: Options) -> Call:
     if options.reduction is None and tokens.mask is not None:  # says only what is scored
         tokens = tokens._replace(mask=tokens.mask != 0)
     request = Request(
+        scaling,
         options.reduction or "none",
         tuple(name for name in _checks.TOKEN_STATS if name in options.stats)
         if options.stats
@@ -126,14 +135,13 @@ def checked(source: Source, tokens: Tokens, options: Options) -> Call:
     )
     if is_packed:
         source, tokens = source.as_batch(), tokens.as_batch()
-    return Call(source, tokens, scaling, request)
+    return source, tokens, request
 
 
-def scores(
-    request: Request, values: Tensor, lengths: Tensor, logps: Tensor, stats: Tensor
-) -> Scores:
+def scores(request: Request, combined: Combined) -> Scores:
     """The results of a call, of which no two share memory, with each other or with what the
     backward pass reads: lengths."""
+    values, lengths, logps, _, stats = combined
     is_per_token = request.reduction == "none"
     return Scores(
         logps if is_per_token else values,
@@ -174,56 +182,72 @@ class Logprob(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         tokens: Tokens,
-        scaling: Scaling,
-        symbols: Tensor | None,
         request: Request,
+        symbols: Tensor | None,
         inplace_backward: bool,
+        passes: Passes,
     ) -> tuple[Tensor | None, ...]:
         if inplace_backward:
             check_no_hooks()
-        outputs = _forward(logits, tokens, scaling, symbols, request)
-        values, lengths, logps, softmax, stats, weights = outputs
+        combined, weights = passes.forward(logits, tokens, request, symbols)
+        of_sequences = (tokens.cu_seqlens, combined.lengths)
         ctx.save_for_backward(
-            logits, tokens.labels, tokens.cu_seqlens, weights, lengths, softmax, symbols
+            logits, tokens.labels, weights, *of_sequences, combined.softmax, symbols
         )
-        ctx.shift, ctx.scaling, ctx.request = tokens.shift, scaling, request
+        ctx.shift, ctx.request, ctx.passes = tokens.shift, request, passes
         ctx.inplace_backward, ctx.is_overwritten = inplace_backward, False
-        found = scores(request, values, lengths, logps, stats)
-        ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
-        return found
+        return marked(ctx, scores(request, combined))
 
     @staticmethod
     def backward(
         ctx: Any, grad_result: Tensor, *unused: Tensor
     ) -> tuple[Tensor, None, None, None, None, None]:
-        saved = saved_logits(ctx) if ctx.inplace_backward else ctx.saved_tensors
-        logits, labels, cu_seqlens, weights, lengths, softmax, symbols = saved
-        constants = _ops.constants(ctx.scaling, symbols)
+        in_place = ctx.inplace_backward
+        saved = saved_logits(ctx) if in_place else ctx.saved_tensors
+        logits, labels, weights, cu_seqlens, lengths, softmax, symbols = saved
+        scored, request = Scored(labels, weights, ctx.shift), ctx.request
         with torch.no_grad():
-            grad_logps = spread(grad_result, ctx.request.reduction, lengths, cu_seqlens, weights)
-            tokens = (labels, weights, ctx.shift, softmax)
-            inputs = (grad_logps, logits, *tokens, *constants, symbols, ctx.request.backend)
-            if ctx.inplace_backward:
-                _ops.logprob_grad_(*inputs)
-                grad = logits.detach()
-                ctx.is_overwritten = True
-            else:
-                grad = _ops.logprob_grad(*inputs)
+            upstream = spread(grad_result, request.reduction, lengths, cu_seqlens, weights)
+            inputs = (upstream, logits, scored, softmax, request, symbols, in_place)
+            grad = ctx.passes.backward(*inputs)
+        ctx.is_overwritten = in_place
         return differentiated_once(grad), None, None, None, None, None
 
 
 def _forward(
-    logits: Tensor, tokens: Tokens, scaling: Scaling, symbols: Tensor | None, request: Request
-) -> Any:
-    return _ops.logprob(
-        logits,
-        *tokens,
-        *_ops.constants(scaling, symbols),
-        symbols,
-        request.reduction,
-        request.stats,
-        request.backend,
-    )
+    logits: Tensor, tokens: Tokens, request: Request, symbols: Tensor | None
+) -> tuple[Combined, Tensor]:
+    scaling, reduction, stats, *_, backend = request
+    numbers = (*_ops.constants(scaling, symbols), symbols)
+    *combined, weights = _ops.logprob(logits, *tokens, *numbers, reduction, stats, backend)
+    return Combined(*combined), weights
+
+
+def _backward(
+    grad_logps: Tensor,
+    logits: Tensor,
+    scored: Scored,
+    softmax: Tensor,
+    request: Request,
+    symbols: Tensor | None,
+    in_place: bool,
+) -> Tensor:
+    numbers = (*_ops.constants(request.scaling, symbols), symbols)
+    inputs = (grad_logps, logits, *scored, softmax, *numbers, request.backend)
+    if in_place:
+        _ops.logprob_grad_(*inputs)
+        return logits.detach()
+    grad: Tensor = _ops.logprob_grad(*inputs)
+    return grad
+
+
+_HERE = Passes(_forward, _backward)
+
+
+def marked(ctx: Any, found: Scores) -> Scores:
+    """The results of a forward pass, all but the first one without a gradient."""
+    ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
+    return found
 
 
 def check_no_hooks() -> None:

@@ -196,8 +196,9 @@ class Backend(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked of a call besides the log-probabilities themselves."""
+    """What is asked of a call, checked, as the stages take it."""
 
+    scaling: Scaling
     reduction: str  # "mean", "sum", or "none"
     stats: tuple[str, ...]  # of tokens, in the order of the partials' channels
     wants_lengths: bool
