@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from . import _checks, _ops
@@ -42,6 +43,9 @@ class Source(Protocol):
 
     def check(self, tokens: Tokens) -> None:
         """Raise what is wrong with it, and with the tokens beside it."""
+
+    def _asdict(self) -> dict[str, Any]:
+        """What it is made of, as the caller named it."""
 
     def as_batch(self) -> Any:
         """Packed rows as a batch of one, a Source of the same kind."""
@@ -118,6 +122,8 @@ def checked(
     """Check what came, and put it as the stages take it: tokens and their rows as a batch."""
     _checks.check_choices(options)
     source.check(tokens)
+    if forward_ad._current_level >= 0:
+        _checks.check_no_tangents({**source._asdict(), **tokens._asdict()})
     scaling = _checks.checked_scaling(options.scaling)
     is_packed = tokens.cu_seqlens is not None
     tokens = Tokens(*tokens[:3], bool(tokens.shift), _checks.checked_index(tokens.ignore_index))

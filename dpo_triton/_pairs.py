@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Options, Source, log_probabilities
-from ._checks import TOKEN_STATS
+from ._checks import TOKEN_STATS, checked_index
 from ._records import Tokens
 from .losses import (
     LOSSES,
@@ -200,7 +200,7 @@ def _scored_mask(tokens: Tokens) -> Tensor:
     labels, mask = tokens.labels, tokens.mask
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    is_label = labels != tokens.ignore_index
+    is_label = labels.long() != checked_index(tokens.ignore_index)
     if mask is None:
         return is_label
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:

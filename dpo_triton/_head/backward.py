@@ -117,7 +117,7 @@ def frozen_backward(
 ) -> Tensor:
     """The gradient of hidden, (B, T, H) of dtype: what the forward pass made, (N, H), times the
     factors that it did not know."""
-    coefficient = (grad_logps * weights).masked_fill(weights == 0, 0.0).flatten()
+    coefficient = (grad_logps * weights).masked_fill(weights == 0, 0.0).reshape(-1)
     # The first token is never scored by a shift: it leaves its 0 to the last hidden state.
     coefficient = coefficient.roll(-int(shift))[:, None]
     if sum_ is None:
