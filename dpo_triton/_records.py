@@ -5,7 +5,7 @@ what the stages multiply by. `kernels/` imports nothing of this package; it is h
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 LN2 = math.log(2.0)
+
+Stats = Sequence[str]  # of tokens, in the order of the partials' channels
 
 
 class Scaling(NamedTuple):
@@ -200,7 +202,7 @@ class Request(NamedTuple):
 
     scaling: Scaling
     reduction: str  # "mean", "sum", or "none"
-    stats: tuple[str, ...]  # of tokens, in the order of the partials' channels
+    stats: Stats
     wants_lengths: bool
     wants_logps: bool
     backend: str  # as it was asked for: the operators resolve it

@@ -1,11 +1,9 @@
 """Second stage: from partials to log-probabilities and sequences; see `kernels/combine.py`."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from torch import Tensor
 
-from .._records import LN2, Combined, Partials, Scaling
+from .._records import LN2, Combined, Partials, Scaling, Stats
 from ._compiled import compiled, inner
 from ._numbers import softmax_rows, view
 from ._rows import ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGIT, TOP1, flags, int64, numbers
@@ -131,7 +129,7 @@ def combine(
     reduction: str,
     vocab_size: int,
     scaling: Scaling,
-    stats: Sequence[str],
+    stats: Stats,
     out: Combined,
 ) -> None:
     """Write values and lengths, logps, what `grad` takes of each token, and stats."""

@@ -31,7 +31,7 @@ def _linear_logprob(
     tokens, scaling = Tokens(*inputs[:5]), scaling_of(*inputs[5:9])
     reduction, stats, *plan = inputs[9:]
     columns = Columns.all_of(weight.shape[0])
-    inputs = (Weights(hidden, weight, bias), tokens, columns, scaling, reduction, tuple(stats))
+    inputs = (Weights(hidden, weight, bias), tokens, columns, scaling, reduction, stats)
     done = head_forward(*inputs, _resolved(hidden, plan))
     return *done.combined, *done[1:]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._backends import backend_named
-from .._records import Columns, Combined, Partials, Scaling, Tokens, sum_dtype
+from .._records import Columns, Combined, Partials, Scaling, Stats, Tokens, sum_dtype
 from .._weights import token_weights
 from ._tiles import Plan, Tiles, Weights, columns_of, fill_, rows_of, scored_rows
 from .hidden_grad import HiddenGrad
@@ -26,7 +26,7 @@ def head_forward(
     columns: Columns,
     scaling: Scaling,
     reduction: str,
-    stats: tuple[str, ...],
+    stats: Stats,
     plan: Plan,
     gather: Callable[[Partials], Partials] | None = None,
 ) -> Forward:

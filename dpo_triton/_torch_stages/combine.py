@@ -1,12 +1,11 @@
 """Second stage: from partials to log-probabilities and sequences; see `kernels/combine.py`."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._records import LN2, Combined, Partials, Scaling
+from .._records import LN2, Combined, Partials, Scaling, Stats
 from ._rows import exponent_scale
 
 # Tokens handled at a time, so that float64 temporaries do not grow with the batch.
@@ -19,12 +18,12 @@ def combine(
     reduction: str,
     vocab_size: int,
     scaling: Scaling,
-    stats: Sequence[str],
+    stats: Stats,
     out: Combined,
 ) -> None:
     """Write values and lengths, logps, what `grad` takes of each token, and stats."""
+    scale = exponent_scale(scaling, partials.weights.dtype)
     sums, target, weights = partials
-    scale = exponent_scale(scaling, weights.dtype)
     flat_weights = weights.flatten()
     weighted_logps = torch.empty_like(flat_weights, dtype=torch.float64)
     complement, reference, share, exponent_scales = out.softmax
@@ -60,7 +59,7 @@ def combine(
 
 
 def _combine_tokens(
-    partials: Tensor, target: Tensor, scale: float, limit: float, stats: Sequence[str]
+    partials: Tensor, target: Tensor, scale: float, limit: float, stats: Stats
 ) -> list[Tensor]:
     """logp, 1 - exp(logp), scale and log2 of the peak, log2 of the total over it, and stats of
     tokens, (N,) float64 each; anything where not scored."""
