@@ -106,7 +106,8 @@ def log_probabilities(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """The one body of the public functions, which differ in the source alone."""
     is_sharded = options.vocab_shard is not None or options.sequence_group is not None
-    if is_sharded or have_dtensor((*source.tensors, *tokens[:3])):
+    given = (*source.tensors, tokens.labels, tokens.mask, tokens.cu_seqlens)
+    if is_sharded or have_dtensor(given):
         from .parallel import sharded_scores
 
         found = sharded_scores(source, tokens, options)
@@ -126,7 +127,8 @@ def checked(
         _checks.check_no_tangents({**source._asdict(), **tokens._asdict()})
     scaling = _checks.checked_scaling(options.scaling)
     is_packed = tokens.cu_seqlens is not None
-    tokens = Tokens(*tokens[:3], bool(tokens.shift), _checks.checked_index(tokens.ignore_index))
+    ignore_index = _checks.checked_index(tokens.ignore_index)
+    tokens = tokens._replace(shift=bool(tokens.shift), ignore_index=ignore_index)
     if options.reduction is None and tokens.mask is not None:  # says only what is scored
         tokens = tokens._replace(mask=tokens.mask != 0)
     request = Request(
@@ -224,7 +226,7 @@ def _forward(
     logits: Tensor, tokens: Tokens, request: Request, symbols: Tensor | None
 ) -> tuple[Combined, Tensor]:
     scaling, reduction, stats, *_, backend = request
-    numbers = (*_ops.constants(scaling, symbols), symbols)
+    numbers = _ops.Numbers.of(scaling, symbols)
     *combined, weights = _ops.logprob(logits, *tokens, *numbers, reduction, stats, backend)
     return Combined(*combined), weights
 
@@ -238,7 +240,7 @@ def _backward(
     symbols: Tensor | None,
     in_place: bool,
 ) -> Tensor:
-    numbers = (*_ops.constants(request.scaling, symbols), symbols)
+    numbers = _ops.Numbers.of(request.scaling, symbols)
     inputs = (grad_logps, logits, *scored, softmax, *numbers, request.backend)
     if in_place:
         _ops.logprob_grad_(*inputs)

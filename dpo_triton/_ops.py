@@ -6,7 +6,7 @@ describes. Operators are registered without autograd, which is outside of them, 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,22 +94,25 @@ def symbols_of(scaling: Scaling) -> Tensor | None:
     return torch.stack([one * number for number in scaling if number is not None])
 
 
-def constants(scaling: Scaling, symbols: Tensor | None) -> tuple[float, float, float | None]:
-    """The numbers to call an operator with beside their symbols, which say whether there is a
-    softcap."""
-    if symbols is None:
-        return scaling
-    return 1.0, 1.0, None
+class Numbers(NamedTuple):
+    """A scaling as operators take it, beside its symbols: those say whether there is a softcap."""
 
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    symbols: Tensor | None
 
-def scaling_of(
-    temperature: float, logit_scale: float, softcap: float | None, symbols: Tensor | None
-) -> Scaling:
-    """The scaling that an operator was called with."""
-    if symbols is None:
+    @classmethod
+    def of(cls, scaling: Scaling, symbols: Tensor | None) -> "Numbers":
+        return cls(*scaling, None) if symbols is None else cls(1.0, 1.0, None, symbols)
+
+    def scaling(self) -> Scaling:
+        """What an operator was called with."""
+        temperature, logit_scale, softcap, symbols = self
+        if symbols is not None:
+            temperature, logit_scale, *caps = symbols.tolist()
+            softcap = caps[0] if caps else None
         return Scaling(temperature, logit_scale, softcap)
-    numbers = symbols.tolist()
-    return Scaling(numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None)
 
 
 def _logprob(
@@ -130,7 +133,7 @@ def _logprob(
     """Both stages of the forward pass: a Combined, and the weights (B, T)."""
     stages = resolve_backend(backend, logits.device, logits.dtype)
     tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
-    scaling = scaling_of(temperature, logit_scale, softcap, symbols)
+    scaling = Numbers(temperature, logit_scale, softcap, symbols).scaling()
     vocab_size = logits.shape[-1]
     columns, dtype = Columns.all_of(vocab_size), sum_dtype(logits.dtype)
     partials = Partials.empty(tokens, columns, stages.num_splits(vocab_size), len(stats), dtype)
@@ -144,8 +147,8 @@ def _logprob(
 def _fake_logprob(
     logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, reduction, stats, _ = inputs
-    tokens = Tokens(labels, mask, cu_seqlens, *inputs[:2])
+    shift, ignore_index, *_, reduction, stats, _ = inputs
+    tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
     weights = labels.new_empty(labels.shape, dtype=sum_dtype(logits.dtype))
     return *Combined.empty(weights, tokens.num_sequences(reduction), len(stats)), weights
 
@@ -182,7 +185,7 @@ def _grad(
         Scored(labels, weights, shift),
         softmax,
         Columns.all_of(logits.shape[-1]),
-        scaling_of(temperature, logit_scale, softcap, symbols),
+        Numbers(temperature, logit_scale, softcap, symbols).scaling(),
         out,
     )
 

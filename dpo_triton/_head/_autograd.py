@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, _ops
+from .. import _checks
 from .._autograd import differentiated_once, marked, scores, spread
-from .._records import Combined, Request, Scored, Scores, Tokens
-from ._operators import count_flops, linear_logprob, linear_logprob_grad
+from .._ops import Numbers, symbols_of
+from .._records import Combined, Request, Scores, Tokens
+from ._operators import Asked, count_flops, linear_logprob, linear_logprob_grad
 from ._tiles import Plan, Weights
 from .backward import HeadGrads, Saved, frozen_backward
 from .forward import Forward
@@ -91,7 +92,7 @@ class Head(NamedTuple):
     def scored_by(self, passes: HeadPasses, tokens: Tokens, request: Request, plan: Plan) -> Scores:
         head, symbols = (
             Weights(self.hidden, self.weight, self.bias),
-            _ops.symbols_of(request.scaling),
+            symbols_of(request.scaling),
         )
         if any(plan.needs):
             inputs = (*head, tokens, request, symbols, plan, passes)
@@ -139,7 +140,7 @@ class LinearLogprob(torch.autograd.Function):
                 grads: tuple[Tensor | None, ...] = (grad, None, None)
             else:
                 hidden, weight, bias, labels, softmax, kept, symbols = needed
-                saved = Saved(Scored(labels, weights, ctx.shift), softmax, kept)
+                saved = Saved(labels, weights, ctx.shift, softmax, kept)
                 head = Weights(hidden, weight, bias)
                 grads = passes.backward(upstream, head, saved, request, symbols, plan, sum_)
         of_hidden, of_weight, of_bias = (
@@ -152,9 +153,8 @@ class LinearLogprob(torch.autograd.Function):
 def _forward(
     head: Weights, tokens: Tokens, request: Request, symbols: Tensor | None, plan: Plan
 ) -> Forward:
-    numbers = (*_ops.constants(request.scaling, symbols), symbols)
-    asked = (request.reduction, request.stats, *plan)
-    *combined, weights, kept, unit_grad = linear_logprob(*head, *tokens, *numbers, *asked)
+    numbers, asked = Numbers.of(request.scaling, symbols), Asked(request.reduction, request.stats)
+    *combined, weights, kept, unit_grad = linear_logprob(*head, *tokens, *numbers, *asked, *plan)
     return Forward(Combined(*combined), weights, kept, unit_grad)
 
 
@@ -167,9 +167,8 @@ def _backward(
     plan: Plan,
     sum_: None,
 ) -> HeadGrads:
-    numbers = (*_ops.constants(request.scaling, symbols), symbols)
-    tokens = (*saved.scored, saved.softmax, saved.kept)
-    return HeadGrads(*linear_logprob_grad(grad_logps, *head, *tokens, *numbers, *plan))
+    numbers = Numbers.of(request.scaling, symbols)
+    return HeadGrads(*linear_logprob_grad(grad_logps, *head, *saved, *numbers, *plan))
 
 
 _ALONE = nullcontext()

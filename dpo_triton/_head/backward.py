@@ -14,7 +14,9 @@ from ._tiles import Plan, Rows, Tile, Tiles, Weights, add_product, columns_of, f
 class Saved(NamedTuple):
     """What the forward pass leaves to the backward pass of a head that trains."""
 
-    scored: Scored
+    labels: Tensor  # (B, T)
+    weights: Tensor  # (B, T): 0 where a token is not scored
+    shift: bool
     softmax: Tensor  # (4, N)
     kept: Tensor  # logits, flat
 
@@ -39,7 +41,7 @@ def head_backward(
     """Some columns' backward pass: `sum_` adds to the gradient of the scored hidden states (M, H),
     in place, what the other columns say of it, before it is rounded."""
     needs_hidden, needs_weight, needs_bias = plan.needs
-    (labels, weights, shift), softmax, kept = saved
+    labels, weights, shift, softmax, kept = saved
     hidden, weight, bias = head
     sums = weights.dtype
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
