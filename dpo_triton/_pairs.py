@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Options, Source, log_probabilities
-from ._checks import TOKEN_STATS, checked_index
+from ._checks import TOKEN_STATS, check_not_string, checked_index
 from ._records import Tokens
 from .losses import (
     LOSSES,
@@ -254,10 +254,7 @@ def _check_ref_logps(ref_logps: Tensor, logps: Tensor) -> None:
 
 
 def _check_stats(stats: Sequence[str]) -> None:
-    if isinstance(stats, str):
-        raise TypeError(
-            f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
-        )
+    check_not_string(stats)
     unknown = [name for name in stats if name not in TOKEN_STATS]
     if unknown:
         raise ValueError(

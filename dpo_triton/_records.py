@@ -141,6 +141,17 @@ class Partials(NamedTuple):
             target.fill_(-math.inf)
         return cls(weights.new_empty(2 + num_stats, num_splits, num_tokens), target, weights)
 
+    def among(self, places: Tensor, weights: Tensor) -> "Partials":
+        """Those of the M scored tokens at their places among all, of weights (B, T)."""
+        channels, splits, _ = self.sums.shape
+        sums = weights.new_empty(channels, splits, weights.numel())
+        target = weights.new_empty(weights.numel())
+        return Partials(
+            sums.index_copy_(2, places, self.sums),
+            target.index_copy_(0, places, self.target),
+            weights,
+        )
+
 
 class RowSoftmax(NamedTuple):
     """What the gradient takes of each token, the rows of (4, N); anything where it is not scored.

@@ -112,11 +112,7 @@ class Peers:
         sums, target, weights = partials
         scored = weights.flatten().nonzero().squeeze(1)
         of_scored = Partials(sums.index_select(2, scored), target.index_select(0, scored), weights)
-        every, targets, _ = self.gather_partials(of_scored)
-        room = every.new_empty((*every.shape[:2], target.numel()))
-        return Partials(
-            room.index_copy_(2, scored, every), target.index_copy_(0, scored, targets), weights
-        )
+        return self.gather_partials(of_scored).among(scored, weights)
 
     def sum_sequences(
         self, combined: Combined, weights: Tensor, cu_seqlens: Tensor | None, reduction: str
