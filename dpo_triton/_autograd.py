@@ -61,10 +61,35 @@ class Passes(NamedTuple):
     """Both passes over logits: by operators where all of them are here, else by stages and what the
     other ranks say."""
 
-    # Logits, tokens, request, symbols -> a Combined, and the weights (B, T).
-    forward: Callable[[Tensor, Tokens, Request, Tensor | None], tuple[Combined, Tensor]]
-    # Upstream (B, T), logits, scored, softmax, request, symbols, in place -> gradient of logits.
-    backward: Callable[[Tensor, Tensor, Scored, Tensor, Request, Tensor | None, bool], Tensor]
+    # Logits, tokens, request -> a Combined, and the weights (B, T).
+    forward: Callable[[Tensor, Tokens, Request], tuple[Combined, Tensor]]
+    # Upstream (B, T), logits, scored, softmax, request, in place -> the gradient of logits.
+    backward: Callable[[Tensor, Tensor, Scored, Tensor, Request, bool], Tensor]
+
+
+def _forward(logits: Tensor, tokens: Tokens, request: Request) -> tuple[Combined, Tensor]:
+    asked = (request.reduction, request.stats, request.backend)
+    *combined, weights = _ops.logprob(logits, *tokens, *_ops.numbers_of(request), *asked)
+    return Combined(*combined), weights
+
+
+def _backward(
+    grad_logps: Tensor,
+    logits: Tensor,
+    scored: Scored,
+    softmax: Tensor,
+    request: Request,
+    in_place: bool,
+) -> Tensor:
+    inputs = (grad_logps, logits, *scored, softmax, *_ops.numbers_of(request), request.backend)
+    if in_place:
+        _ops.logprob_grad_(*inputs)
+        return logits.detach()
+    grad: Tensor = _ops.logprob_grad(*inputs)
+    return grad
+
+
+_BY_OPERATORS = Passes(_forward, _backward)
 
 
 class Logits(NamedTuple):
@@ -90,14 +115,11 @@ class Logits(NamedTuple):
     def as_batch(self) -> "Logits":
         return self._replace(logits=self.logits[None])
 
-    def score(self, tokens: Tokens, request: Request) -> Scores:
-        return self.scored_by(_HERE, tokens, request)
-
-    def scored_by(self, passes: Passes, tokens: Tokens, request: Request) -> Scores:
-        inputs = (self.logits, tokens, request, _ops.symbols_of(request.scaling))
-        if torch.is_grad_enabled() and self.logits.requires_grad:
-            return Scores(*Logprob.apply(*inputs, self.inplace_backward, passes))  # type: ignore[no-untyped-call]
-        combined, _ = passes.forward(*inputs)
+    def score(self, tokens: Tokens, request: Request, passes: Passes = _BY_OPERATORS) -> Scores:
+        logits, in_place = self
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return Scores(*Logprob.apply(logits, tokens, request, in_place, passes))  # type: ignore[no-untyped-call]
+        combined, _ = passes.forward(logits, tokens, request)
         return scores(request, combined)
 
 
@@ -126,13 +148,13 @@ def checked(
     if forward_ad._current_level >= 0:
         _checks.check_no_tangents({**source._asdict(), **tokens._asdict()})
     scaling = _checks.checked_scaling(options.scaling)
-    is_packed = tokens.cu_seqlens is not None
-    ignore_index = _checks.checked_index(tokens.ignore_index)
-    tokens = tokens._replace(shift=bool(tokens.shift), ignore_index=ignore_index)
-    if options.reduction is None and tokens.mask is not None:  # says only what is scored
-        tokens = tokens._replace(mask=tokens.mask != 0)
+    labels, mask, cu_seqlens, shift, ignore_index = tokens
+    if options.reduction is None and mask is not None:  # says only what is scored
+        mask = mask != 0
+    tokens = Tokens(labels, mask, cu_seqlens, bool(shift), _checks.checked_index(ignore_index))
     request = Request(
         scaling,
+        _ops.symbols_of(scaling),
         options.reduction or "none",
         tuple(name for name in _checks.TOKEN_STATS if name in options.stats)
         if options.stats
@@ -141,7 +163,7 @@ def checked(
         "token_logps" in options.stats,
         options.backend,
     )
-    if is_packed:
+    if cu_seqlens is not None:
         source, tokens = source.as_batch(), tokens.as_batch()
     return source, tokens, request
 
@@ -191,17 +213,15 @@ class Logprob(torch.autograd.Function):
         logits: Tensor,
         tokens: Tokens,
         request: Request,
-        symbols: Tensor | None,
         inplace_backward: bool,
         passes: Passes,
     ) -> tuple[Tensor | None, ...]:
         if inplace_backward:
             check_no_hooks()
-        combined, weights = passes.forward(logits, tokens, request, symbols)
+        combined, weights = passes.forward(logits, tokens, request)
         of_sequences = (tokens.cu_seqlens, combined.lengths)
-        ctx.save_for_backward(
-            logits, tokens.labels, weights, *of_sequences, combined.softmax, symbols
-        )
+        of_tokens = (tokens.labels, weights, combined.softmax)
+        ctx.save_for_backward(logits, *of_tokens, *of_sequences, request.symbols)
         ctx.shift, ctx.request, ctx.passes = tokens.shift, request, passes
         ctx.inplace_backward, ctx.is_overwritten = inplace_backward, False
         return marked(ctx, scores(request, combined))
@@ -209,52 +229,23 @@ class Logprob(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_result: Tensor, *unused: Tensor
-    ) -> tuple[Tensor, None, None, None, None, None]:
+    ) -> tuple[Tensor, None, None, None, None]:
         in_place = ctx.inplace_backward
         saved = saved_logits(ctx) if in_place else ctx.saved_tensors
-        logits, labels, weights, cu_seqlens, lengths, softmax, symbols = saved
-        scored, request = Scored(labels, weights, ctx.shift), ctx.request
+        logits, labels, weights, softmax, cu_seqlens, lengths, symbols = saved
+        scored = Scored(labels, weights, ctx.shift)
+        request = ctx.request if symbols is None else ctx.request._replace(symbols=symbols)
         with torch.no_grad():
             upstream = spread(grad_result, request.reduction, lengths, cu_seqlens, weights)
-            inputs = (upstream, logits, scored, softmax, request, symbols, in_place)
-            grad = ctx.passes.backward(*inputs)
+            grad = ctx.passes.backward(upstream, logits, scored, softmax, request, in_place)
         ctx.is_overwritten = in_place
-        return differentiated_once(grad), None, None, None, None, None
-
-
-def _forward(
-    logits: Tensor, tokens: Tokens, request: Request, symbols: Tensor | None
-) -> tuple[Combined, Tensor]:
-    scaling, reduction, stats, *_, backend = request
-    numbers = _ops.Numbers.of(scaling, symbols)
-    *combined, weights = _ops.logprob(logits, *tokens, *numbers, reduction, stats, backend)
-    return Combined(*combined), weights
-
-
-def _backward(
-    grad_logps: Tensor,
-    logits: Tensor,
-    scored: Scored,
-    softmax: Tensor,
-    request: Request,
-    symbols: Tensor | None,
-    in_place: bool,
-) -> Tensor:
-    numbers = _ops.Numbers.of(request.scaling, symbols)
-    inputs = (grad_logps, logits, *scored, softmax, *numbers, request.backend)
-    if in_place:
-        _ops.logprob_grad_(*inputs)
-        return logits.detach()
-    grad: Tensor = _ops.logprob_grad(*inputs)
-    return grad
-
-
-_HERE = Passes(_forward, _backward)
+        return differentiated_once(grad), None, None, None, None
 
 
 def marked(ctx: Any, found: Scores) -> Scores:
     """The results of a forward pass, all but the first one without a gradient."""
-    ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
+    _, *others = found
+    ctx.mark_non_differentiable(*(x for x in others if x is not None))
     return found
 
 

@@ -1,7 +1,7 @@
 """Every complaint about inputs; those that read values, and so wait for a GPU, come last."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -272,7 +272,8 @@ def check_choices(options: "Options") -> None:
             f'reduction must be "mean" or "sum", got {reduction!r}; '
             "for one value per token use fused_token_logprob or fused_linear_token_logprob"
         )
-    check_not_string(stats)
+    if isinstance(stats, str):
+        raise string_of_stats(stats)
     # A value per token has no sequences, and so no lengths.
     allowed = SEQUENCE_STATS[1:] if reduction is None else SEQUENCE_STATS
     for name in stats:
@@ -283,12 +284,11 @@ def check_choices(options: "Options") -> None:
         raise ValueError(f"backend must be {', '.join(names)} or {last}, got {backend!r}")
 
 
-def check_not_string(stats: Sequence[str]) -> None:
+def string_of_stats(stats: str) -> TypeError:
     """A name alone would be a sequence of letters."""
-    if isinstance(stats, str):
-        raise TypeError(
-            f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
-        )
+    return TypeError(
+        f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
+    )
 
 
 def check_values(tokens: Tokens, weights: Tensor, vocab_size: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._backends import resolve_backend
-from ._records import Columns, Combined, Partials, Scaling, Scored, Tokens, sum_dtype
+from ._records import Columns, Combined, Partials, Request, Scaling, Scored, Tokens, sum_dtype
 
 # Of the operators: the package's own name, so that another copy of it, imported under another name
 # as the Hugging Face Hub does, can live in the same process.
@@ -49,20 +49,25 @@ def is_watched(*inputs: Any) -> bool:
     profiler, or a tensor that is more than its memory. In eager calls the dispatcher would take
     longer than a kernel's launch.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
-        or not all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
-    )
+    ):
+        return True
+    for x in inputs:  # noqa: SIM110, any() and its generator take longer
+        if isinstance(x, Tensor) and not _is_plain(x):
+            return True
+    return False
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Not of a class of its own, without data, with a sign to be resolved, batched, sparse, ..."""
-    keys = torch._C._dispatch_keys(tensor).raw_repr()
-    return type(tensor) in (Tensor, torch.nn.Parameter) and keys in _plain_keys(tensor.device.type)
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        return False
+    return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
 
 
 @functools.cache
@@ -95,24 +100,29 @@ def symbols_of(scaling: Scaling) -> Tensor | None:
 
 
 class Numbers(NamedTuple):
-    """A scaling as operators take it, beside its symbols: those say whether there is a softcap."""
+    """A scaling as operators take it; its symbols, if there are any, are what counts."""
 
     temperature: float
     logit_scale: float
     softcap: float | None
-    symbols: Tensor | None
+    symbols: Tensor | None  # with a third one if there is a softcap
 
-    @classmethod
-    def of(cls, scaling: Scaling, symbols: Tensor | None) -> "Numbers":
-        return cls(*scaling, None) if symbols is None else cls(1.0, 1.0, None, symbols)
 
-    def scaling(self) -> Scaling:
-        """What an operator was called with."""
-        temperature, logit_scale, softcap, symbols = self
-        if symbols is not None:
-            temperature, logit_scale, *caps = symbols.tolist()
-            softcap = caps[0] if caps else None
+def numbers_of(request: Request) -> tuple[float | Tensor | None, ...]:
+    """The fields of `Numbers`."""
+    if request.symbols is None:
+        return *request.scaling, None
+    return 1.0, 1.0, None, request.symbols
+
+
+def scaling_of(
+    temperature: float, logit_scale: float, softcap: float | None, symbols: Tensor | None
+) -> Scaling:
+    """The scaling that an operator was called with."""
+    if symbols is None:
         return Scaling(temperature, logit_scale, softcap)
+    temperature, logit_scale, *caps = symbols.tolist()
+    return Scaling(temperature, logit_scale, caps[0] if caps else None)
 
 
 def _logprob(
@@ -133,7 +143,7 @@ def _logprob(
     """Both stages of the forward pass: a Combined, and the weights (B, T)."""
     stages = resolve_backend(backend, logits.device, logits.dtype)
     tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
-    scaling = Numbers(temperature, logit_scale, softcap, symbols).scaling()
+    scaling = scaling_of(temperature, logit_scale, softcap, symbols)
     vocab_size = logits.shape[-1]
     columns, dtype = Columns.all_of(vocab_size), sum_dtype(logits.dtype)
     partials = Partials.empty(tokens, columns, stages.num_splits(vocab_size), len(stats), dtype)
@@ -185,7 +195,7 @@ def _grad(
         Scored(labels, weights, shift),
         softmax,
         Columns.all_of(logits.shape[-1]),
-        Numbers(temperature, logit_scale, softcap, symbols).scaling(),
+        scaling_of(temperature, logit_scale, softcap, symbols),
         out,
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Options, Source, log_probabilities
-from ._checks import TOKEN_STATS, check_not_string, checked_index
+from ._checks import TOKEN_STATS, checked_index, string_of_stats
 from ._records import Tokens
 from .losses import (
     LOSSES,
@@ -254,7 +254,8 @@ def _check_ref_logps(ref_logps: Tensor, logps: Tensor) -> None:
 
 
 def _check_stats(stats: Sequence[str]) -> None:
-    check_not_string(stats)
+    if isinstance(stats, str):
+        raise string_of_stats(stats)
     unknown = [name for name in stats if name not in TOKEN_STATS]
     if unknown:
         raise ValueError(

@@ -212,6 +212,7 @@ class Request(NamedTuple):
     """What is asked of a call, checked, as the stages take it."""
 
     scaling: Scaling
+    symbols: Tensor | None  # the scaling's numbers where a graph does not know them
     reduction: str  # "mean", "sum", or "none"
     stats: Stats
     wants_lengths: bool

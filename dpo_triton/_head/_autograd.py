@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import _checks
 from .._autograd import differentiated_once, marked, scores, spread
-from .._ops import Numbers, symbols_of
+from .._ops import numbers_of
 from .._records import Combined, Request, Scores, Tokens
-from ._operators import Asked, count_flops, linear_logprob, linear_logprob_grad
+from ._operators import count_flops, linear_logprob, linear_logprob_grad
 from ._tiles import Plan, Weights
 from .backward import HeadGrads, Saved, frozen_backward
 from .forward import Forward
@@ -27,12 +27,28 @@ LEAST_TILE_BYTES = 4 * 2**20
 class HeadPasses(NamedTuple):
     """Both passes over the head, as `Passes` over logits."""
 
-    # Head, tokens, request, symbols, plan.
-    forward: Callable[[Weights, Tokens, Request, Tensor | None, Plan], Forward]
-    # Upstream (B, T), head, saved, request, symbols, plan, and what is next.
-    backward: Callable[[Tensor, Weights, Saved, Request, Tensor | None, Plan, Any], HeadGrads]
+    forward: Callable[[Weights, Tokens, Request, Plan], Forward]
+    # Upstream (B, T), head, saved, request, plan, and what is next.
+    backward: Callable[[Tensor, Weights, Saved, Request, Plan, Any], HeadGrads]
     # Whether hidden needs a gradient -> what adds the other ranks' to it, if there are any.
     summed: Callable[[bool], AbstractContextManager[Callable[[Tensor], None] | None]]
+
+
+def _forward(head: Weights, tokens: Tokens, request: Request, plan: Plan) -> Forward:
+    numbers, asked = numbers_of(request), (request.reduction, request.stats)
+    *combined, weights, kept, unit_grad = linear_logprob(*head, *tokens, *numbers, *asked, *plan)
+    return Forward(Combined(*combined), weights, kept, unit_grad)
+
+
+def _backward(
+    grad_logps: Tensor, head: Weights, saved: Saved, request: Request, plan: Plan, sum_: None
+) -> HeadGrads:
+    numbers = numbers_of(request)
+    return HeadGrads(*linear_logprob_grad(grad_logps, *head, *saved, *numbers, *plan))
+
+
+_ALONE = nullcontext()
+_BY_OPERATORS = HeadPasses(_forward, _backward, lambda needs_hidden: _ALONE)
 
 
 class Head(NamedTuple):
@@ -84,20 +100,21 @@ class Head(NamedTuple):
         hidden, weight, bias = (is_on and x is not None and x.requires_grad for x in self.tensors)
         return Plan(self.dtype, tile_bytes, (hidden, weight, bias), backend)
 
-    def score(self, tokens: Tokens, request: Request) -> Scores:
+    def score(
+        self,
+        tokens: Tokens,
+        request: Request,
+        passes: HeadPasses = _BY_OPERATORS,
+        plan: Plan | None = None,
+    ) -> Scores:
         if "torch.utils.flop_counter" in sys.modules and not torch.compiler.is_compiling():
             count_flops()
-        return self.scored_by(_HERE, tokens, request, self.plan(request.backend))
-
-    def scored_by(self, passes: HeadPasses, tokens: Tokens, request: Request, plan: Plan) -> Scores:
-        head, symbols = (
-            Weights(self.hidden, self.weight, self.bias),
-            symbols_of(request.scaling),
-        )
+        plan = self.plan(request.backend) if plan is None else plan
+        head = Weights(self.hidden, self.weight, self.bias)
         if any(plan.needs):
-            inputs = (*head, tokens, request, symbols, plan, passes)
+            inputs = (*head, tokens, request, plan, passes)
             return Scores(*LinearLogprob.apply(*inputs))  # type: ignore[no-untyped-call]
-        return scores(request, passes.forward(head, tokens, request, symbols, plan).combined)
+        return scores(request, passes.forward(head, tokens, request, plan).combined)
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -111,17 +128,16 @@ class LinearLogprob(torch.autograd.Function):
         bias: Tensor | None,
         tokens: Tokens,
         request: Request,
-        symbols: Tensor | None,
         plan: Plan,
         passes: HeadPasses,
     ) -> tuple[Tensor | None, ...]:
         head = Weights(hidden, weight, bias)
-        combined, weights, kept, unit_grad = passes.forward(head, tokens, request, symbols, plan)
+        combined, weights, kept, unit_grad = passes.forward(head, tokens, request, plan)
         if plan.makes_grad:  # all that the backward pass reads: not hidden, nor the head
             ctx.dtype = hidden.dtype
             needed: tuple[Tensor | None, ...] = (unit_grad,)
         else:
-            needed = (*head, tokens.labels, combined.softmax, kept, symbols)
+            needed = (*head, tokens.labels, combined.softmax, kept, request.symbols)
         ctx.save_for_backward(tokens.cu_seqlens, weights, combined.lengths, *needed)
         ctx.shift, ctx.request, ctx.plan, ctx.passes = tokens.shift, request, plan, passes
         return marked(ctx, scores(request, combined))
@@ -129,7 +145,7 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_result: Tensor, *unused: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         cu_seqlens, weights, lengths, *needed = ctx.saved_tensors
         request, plan, passes = ctx.request, ctx.plan, ctx.passes
         with passes.summed(plan.needs[0]) as sum_, torch.no_grad():
@@ -142,34 +158,10 @@ class LinearLogprob(torch.autograd.Function):
                 hidden, weight, bias, labels, softmax, kept, symbols = needed
                 saved = Saved(labels, weights, ctx.shift, softmax, kept)
                 head = Weights(hidden, weight, bias)
-                grads = passes.backward(upstream, head, saved, request, symbols, plan, sum_)
+                request = request if symbols is None else request._replace(symbols=symbols)
+                grads = passes.backward(upstream, head, saved, request, plan, sum_)
         of_hidden, of_weight, of_bias = (
             differentiated_once(grad) if need else None
             for grad, need in zip(grads, plan.needs, strict=True)
         )
-        return of_hidden, of_weight, of_bias, None, None, None, None, None
-
-
-def _forward(
-    head: Weights, tokens: Tokens, request: Request, symbols: Tensor | None, plan: Plan
-) -> Forward:
-    numbers, asked = Numbers.of(request.scaling, symbols), Asked(request.reduction, request.stats)
-    *combined, weights, kept, unit_grad = linear_logprob(*head, *tokens, *numbers, *asked, *plan)
-    return Forward(Combined(*combined), weights, kept, unit_grad)
-
-
-def _backward(
-    grad_logps: Tensor,
-    head: Weights,
-    saved: Saved,
-    request: Request,
-    symbols: Tensor | None,
-    plan: Plan,
-    sum_: None,
-) -> HeadGrads:
-    numbers = Numbers.of(request.scaling, symbols)
-    return HeadGrads(*linear_logprob_grad(grad_logps, *head, *saved, *numbers, *plan))
-
-
-_ALONE = nullcontext()
-_HERE = HeadPasses(_forward, _backward, lambda needs_hidden: _ALONE)
+        return of_hidden, of_weight, of_bias, None, None, None, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._backends import resolve_backend
-from .._ops import SCALING, TOKENS, Numbers, Operator
+from .._ops import SCALING, TOKENS, Numbers, Operator, scaling_of
 from .._records import Columns, Combined, Stats, Tokens, sum_dtype
 from ._tiles import Plan, Weights
 from .backward import Saved, head_backward
@@ -45,7 +45,7 @@ def _linear_logprob(*inputs: Any) -> tuple[Tensor, ...]:
     d logp / d hidden, (N, H), if the plan makes it, else empty."""
     head, tokens, numbers, (reduction, stats), plan = _records(inputs, FORWARD)
     columns, plan = Columns.all_of(head.weight.shape[0]), _resolved(plan, head.hidden.device)
-    done = head_forward(head, tokens, columns, numbers.scaling(), reduction, stats, plan)
+    done = head_forward(head, tokens, columns, scaling_of(*numbers), reduction, stats, plan)
     return *done.combined, done.weights, done.kept, done.unit_grad
 
 
@@ -68,7 +68,7 @@ def _linear_logprob_grad(grad_logps: Tensor, *inputs: Any) -> tuple[Tensor, Tens
     """
     head, saved, numbers, plan = _records(inputs, BACKWARD)
     columns, plan = Columns.all_of(head.weight.shape[0]), _resolved(plan, head.hidden.device)
-    return head_backward(grad_logps, head, saved, columns, numbers.scaling(), plan)
+    return head_backward(grad_logps, head, saved, columns, scaling_of(*numbers), plan)
 
 
 def _fake_linear_logprob_grad(grad_logps: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

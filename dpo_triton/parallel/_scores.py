@@ -55,7 +55,7 @@ def _of_group(source: Logits | Head, tokens: Tokens, options: Options, peers: Pe
         same = {"dtype of logits": str(source.dtype), **same}
         peers.agree(tokens, dtype, source.logits.shape[-1], stages.num_splits, same)
         passes = Passes(partial(_forward, peers), partial(_backward, peers))
-        return source.scored_by(passes, tokens, request)
+        return source.score(tokens, request, passes)
     plan, width = source.plan(request.backend), source.weight.shape[0]
     same = {
         "hidden's dtype and size": [str(source.hidden.dtype), source.hidden.shape[-1]],
@@ -67,13 +67,13 @@ def _of_group(source: Logits | Head, tokens: Tokens, options: Options, peers: Pe
     columns = peers.columns_of(width)
     plan = source.plan(request.backend, share=columns.width / columns.vocab_size)
     of_head = (partial(_head_forward, peers), partial(_head_backward, peers), peers.backward)
-    return source.scored_by(HeadPasses(*of_head), tokens, request, plan)
+    return source.score(tokens, request, HeadPasses(*of_head), plan)
 
 
 def _forward(
-    peers: Peers, logits: Tensor, tokens: Tokens, request: Request, symbols: None
+    peers: Peers, logits: Tensor, tokens: Tokens, request: Request
 ) -> tuple[Combined, Tensor]:
-    scaling, reduction, stats, *_ = request
+    scaling, _, reduction, stats, *_ = request
     stages, columns = backend_named(request.backend), peers.columns_of(logits.shape[-1])
     splits, dtype = stages.num_splits(columns.width), sum_dtype(logits.dtype)
     partials = Partials.empty(tokens, columns, splits, len(stats), dtype)
@@ -94,7 +94,6 @@ def _backward(
     scored: Scored,
     softmax: Tensor,
     request: Request,
-    symbols: None,
     in_place: bool,
 ) -> Tensor:
     columns = peers.columns_of(logits.shape[-1])
@@ -114,9 +113,9 @@ def _backward(
 
 
 def _head_forward(
-    peers: Peers, head: Weights, tokens: Tokens, request: Request, symbols: None, plan: Plan
+    peers: Peers, head: Weights, tokens: Tokens, request: Request, plan: Plan
 ) -> Forward:
-    scaling, reduction, stats, *_ = request
+    scaling, _, reduction, stats, *_ = request
     columns, here = peers.columns_of(head.weight.shape[0]), peers.local_reduction(reduction)
     inputs = (head, tokens, columns, scaling, here, stats, plan, peers.gather_partials)
     done = head_forward(*inputs)
@@ -130,7 +129,6 @@ def _head_backward(
     head: Weights,
     saved: Saved,
     request: Request,
-    symbols: None,
     plan: Plan,
     sum_: Any,
 ) -> HeadGrads:
