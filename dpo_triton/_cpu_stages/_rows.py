@@ -49,7 +49,7 @@ class Numbers(NamedTuple):
 
     @property
     def of_cap(self) -> tuple[Any, Any]:
-        return self[2:]
+        return self.logit_scale, self.softcap
 
 
 @functools.lru_cache(64)  # to make them takes as long as a small loop

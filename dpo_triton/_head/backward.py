@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._backends import backend_named
 from .._records import Columns, Scaling, Scored
-from ._tiles import Plan, Rows, Tile, Tiles, Weights, add_product, columns_of, fill_, scored_rows
+from ._tiles import Plan, Tiles, Weights, add_product, columns_of, fill_, scored_rows
 
 
 class Saved(NamedTuple):
@@ -49,8 +49,9 @@ def head_backward(
     grad_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=sums)
 
     rows = scored_rows(hidden, labels, weights, shift, plan)
+    upstream = grad_logps.reshape(-1)[rows.tokens][None]
+    softmax, grad = softmax.index_select(1, rows.tokens), backend_named(plan.backend).grad
     tiles = Tiles(rows.number, columns.width, plan, kept)
-    grad_rows = _TileGrads(grad_logps, rows, softmax, scaling, plan)
     hidden_sum = rows.hidden.new_empty(rows.hidden.shape if needs_hidden else 0, dtype=sums)
     # Several blocks of rows are summed in float32, a single one is rounded once by its product.
     is_once = len(tiles.blocks) == 1 and weight.dtype == plan.dtype
@@ -60,15 +61,18 @@ def head_backward(
     for tile in tiles:
         if not tile.is_kept:
             fill_(tile, rows.hidden, head)
-        d = grad_rows.of(tile, columns_of(tile, columns), tiles.room_like(tile))
+        here, (out, d) = tile.rows, tiles.room_like(tile)  # (1, R, C) and the same as (R, C)
+        scored = Scored(rows.labels[:, here], rows.weights[:, here], False)
+        of_rows = (upstream[:, here], tile.logits, scored, softmax[:, here])
+        grad(*of_rows, columns_of(tile, columns), scaling, out)
         if needs_hidden:
             of_columns = weight[tile.columns].to(plan.dtype)
-            add_product(hidden_sum[tile.rows], d, of_columns, tile.columns.start == 0)
+            add_product(hidden_sum[here], d, of_columns, tile.columns.start == 0)
         if needs_weight:
             place = grad_weight[tile.columns]
             total = place if is_direct else weight_sum[: len(place)]
-            add_product(total, d.t(), rows.hidden[tile.rows], tile.rows.start == 0)
-            if not is_direct and tile.rows.stop == rows.number:
+            add_product(total, d.t(), rows.hidden[here], here.start == 0)
+            if not is_direct and here.stop == rows.number:
                 place.copy_(total)
         if needs_bias:
             grad_bias[tile.columns] += d.sum(0, dtype=sums)
@@ -80,33 +84,6 @@ def head_backward(
         flat = grad_hidden.view(-1, hidden.shape[-1])
         flat.index_copy_(0, rows.places, hidden_sum.to(hidden.dtype))
     return HeadGrads(grad_hidden, grad_weight, grad_bias if bias is None else grad_bias.to(bias))
-
-
-class _TileGrads:
-    """The gradient of the logits of a tile."""
-
-    def __init__(
-        self, grad_logps: Tensor, rows: Rows, softmax: Tensor, scaling: Scaling, plan: Plan
-    ) -> None:
-        self.rows, self.scaling = rows, scaling
-        self.upstream = grad_logps.reshape(-1)[rows.tokens][None]
-        self.softmax = softmax.index_select(1, rows.tokens)
-        self.grad = backend_named(plan.backend).grad
-
-    def of(self, tile: Tile, columns: Columns, room: tuple[Tensor, Tensor]) -> Tensor:
-        """(R, C), in room, which is (1, R, C) and the same as (R, C)."""
-        out, matrix = room
-        labels, weights = self.rows.labels[:, tile.rows], self.rows.weights[:, tile.rows]
-        self.grad(
-            self.upstream[:, tile.rows],
-            tile.logits,
-            Scored(labels, weights, False),
-            self.softmax[:, tile.rows],
-            columns,
-            self.scaling,
-            out,
-        )
-        return matrix
 
 
 def frozen_backward(
