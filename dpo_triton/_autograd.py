@@ -30,16 +30,8 @@ class Source(Protocol):
     """What the logits come from: a tensor of them, or hidden states and a head."""
 
     @property
-    def rows(self) -> Tensor:
-        """(B, T, ...), or (N, ...) of packed tokens: a row scores a token."""
-
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All that it is made of."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the logits."""
 
     def check(self, tokens: Tokens) -> None:
         """Raise what is wrong with it, and with the tokens beside it."""
@@ -95,10 +87,6 @@ _BY_OPERATORS = Passes(_forward, _backward)
 class Logits(NamedTuple):
     logits: Tensor  # (B, T, V) or (N, V)
     inplace_backward: bool
-
-    @property
-    def rows(self) -> Tensor:
-        return self.logits
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

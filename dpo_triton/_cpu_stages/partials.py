@@ -190,11 +190,6 @@ def fold_rows(
                     sums[place] = squares
 
 
-def num_splits(num_columns: int) -> int:
-    """Entries of the partials for each token: a row is summed as a whole."""
-    return 1
-
-
 def partials(
     logits: Tensor, tokens: Tokens, columns: Columns, scaling: Scaling, stats: Stats, out: Partials
 ) -> None:

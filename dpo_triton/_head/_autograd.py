@@ -60,10 +60,6 @@ class Head(NamedTuple):
     tile_bytes: int | None
 
     @property
-    def rows(self) -> Tensor:
-        return self.hidden
-
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.hidden, self.weight, self.bias
 

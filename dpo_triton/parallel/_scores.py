@@ -42,7 +42,7 @@ def _scores(source: Logits | Head, tokens: Tokens, options: Options) -> Scores:
 
 def _of_group(source: Logits | Head, tokens: Tokens, options: Options, peers: Peers) -> Scores:
     source, tokens, request = checked(source, tokens, options)
-    stages = resolve_backend(request.backend, source.rows.device, source.dtype)
+    stages = resolve_backend(request.backend, tokens.labels.device, source.dtype)
     request = request._replace(backend=stages.name)
     same = {
         "reduction": request.reduction,
