@@ -14,7 +14,7 @@ from .._ops import numbers_of
 from .._records import Combined, Request, Scores, Tokens
 from ._operators import count_flops, linear_logprob, linear_logprob_grad
 from ._tiles import Plan, Weights
-from .backward import HeadGrads, Saved, frozen_backward
+from .backward import HeadGrads, Saved, Sum, frozen_backward
 from .forward import Forward
 
 # Memory of the tiles where the caller names none. On a GPU a tile should be thousands of rows.
@@ -29,9 +29,8 @@ class HeadPasses(NamedTuple):
 
     forward: Callable[[Weights, Tokens, Request, Plan], Forward]
     # Upstream (B, T), head, saved, request, plan, and what is next.
-    backward: Callable[[Tensor, Weights, Saved, Request, Plan, Any], HeadGrads]
-    # Whether hidden needs a gradient -> what adds the other ranks' to it, if there are any.
-    summed: Callable[[bool], AbstractContextManager[Callable[[Tensor], None] | None]]
+    backward: Callable[[Tensor, Weights, Saved, Request, Plan, Sum], HeadGrads]
+    summed: Callable[[bool], AbstractContextManager[Sum]]  # whether hidden needs a gradient
 
 
 def _forward(head: Weights, tokens: Tokens, request: Request, plan: Plan) -> Forward:
@@ -41,7 +40,7 @@ def _forward(head: Weights, tokens: Tokens, request: Request, plan: Plan) -> For
 
 
 def _backward(
-    grad_logps: Tensor, head: Weights, saved: Saved, request: Request, plan: Plan, sum_: None
+    grad_logps: Tensor, head: Weights, saved: Saved, request: Request, plan: Plan, sum_: Sum
 ) -> HeadGrads:
     numbers = numbers_of(request)
     return HeadGrads(*linear_logprob_grad(grad_logps, *head, *saved, *numbers, *plan))

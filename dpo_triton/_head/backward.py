@@ -10,6 +10,9 @@ from .._backends import backend_named
 from .._records import Columns, Scaling, Scored
 from ._tiles import Plan, Tiles, Weights, add_product, columns_of, fill_, scored_rows
 
+# Adds what other ranks say of a gradient to it, in place; None where there are no others.
+Sum = Callable[[Tensor], None] | None
+
 
 class Saved(NamedTuple):
     """What the forward pass leaves to the backward pass of a head that trains."""
@@ -36,7 +39,7 @@ def head_backward(
     columns: Columns,
     scaling: Scaling,
     plan: Plan,
-    sum_: Callable[[Tensor], None] | None = None,
+    sum_: Sum = None,
 ) -> HeadGrads:
     """Some columns' backward pass: `sum_` adds to the gradient of the scored hidden states (M, H),
     in place, what the other columns say of it, before it is rounded."""
@@ -92,7 +95,7 @@ def frozen_backward(
     weights: Tensor,
     shift: bool,
     dtype: torch.dtype,
-    sum_: Callable[[Tensor], None] | None = None,
+    sum_: Sum = None,
 ) -> Tensor:
     """The gradient of hidden, (B, T, H) of dtype: what the forward pass made, (N, H), times the
     factors that it did not know."""

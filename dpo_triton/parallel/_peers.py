@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .._head.backward import Sum
 from .._records import Columns, Combined, Partials, Tokens, VocabShard
 from .._weights import token_weights
 from ._exchange import Exchange
@@ -141,7 +142,7 @@ class Peers:
         return combined._replace(**whole)
 
     @contextmanager
-    def backward(self, needs_hidden: bool) -> Iterator[Callable[[Tensor], None] | None]:
+    def backward(self, needs_hidden: bool) -> Iterator[Sum]:
         """What adds up the ranks' gradients of hidden, if anything does."""
         if torch.is_grad_enabled():
             raise RuntimeError(

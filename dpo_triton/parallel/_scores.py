@@ -2,7 +2,6 @@
 
 import sys
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from .._backends import backend_named, resolve_backend
 from .._head import Head
 from .._head._autograd import HeadPasses
 from .._head._tiles import Plan, Weights
-from .._head.backward import HeadGrads, Saved, head_backward
+from .._head.backward import HeadGrads, Saved, Sum, head_backward
 from .._head.forward import Forward, head_forward
 from .._records import Combined, Partials, Request, Scored, Scores, Tokens, sum_dtype
 from ._dtensor import local_head, local_logits
@@ -130,7 +129,7 @@ def _head_backward(
     saved: Saved,
     request: Request,
     plan: Plan,
-    sum_: Any,
+    sum_: Sum,
 ) -> HeadGrads:
     columns = peers.columns_of(head.weight.shape[0])
     return head_backward(grad_logps, head, saved, columns, request.scaling, plan, sum_)
