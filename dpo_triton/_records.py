@@ -199,9 +199,9 @@ class Backend(NamedTuple):
     """The three stages on a kind of device; `kernels/` says what each of them takes and writes."""
 
     name: str
-    partials: Callable[..., None]
-    combine: Callable[..., None]
-    grad: Callable[..., Tensor]
+    partials: Callable[[Tensor, Tokens, Columns, Scaling, Stats, Partials], None]
+    combine: Callable[[Partials, Tensor | None, str, int, Scaling, Stats, Combined], None]
+    grad: Callable[[Tensor, Tensor, Scored, Tensor, Columns, Scaling, Tensor | None], Tensor]
     num_splits: Callable[[int], int]  # columns -> K, entries of the partials of each token
     tile_width: int  # columns of a head's tile: a constant, so that a row's bits stay its own
     # Tokens, weights, vocab_size: raises what is wrong with values, if they may be waited for.

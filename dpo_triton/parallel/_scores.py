@@ -20,23 +20,20 @@ from ._peers import Peers
 
 def sharded_scores(source: Source, tokens: Tokens, options: Options) -> Scores:
     """See `log_probabilities`, of which this is the body where something is sharded."""
+    local: Logits | Head
     if isinstance(source, Logits):
         local, tokens, shard = local_logits(source, tokens, options.vocab_shard)
-        return _scores(local, tokens, options._replace(vocab_shard=shard))
-    assert isinstance(source, Head)
-    head, tokens, shard = local_head(source, tokens, options.vocab_shard)
-    return _scores(head, tokens, options._replace(vocab_shard=shard))
-
-
-def _scores(source: Logits | Head, tokens: Tokens, options: Options) -> Scores:
-    if options.vocab_shard is None and options.sequence_group is None:  # a head that was gathered
-        source, tokens, request = checked(source, tokens, options)
-        return source.score(tokens, request)
-    with Peers(options.vocab_shard, options.sequence_group) as peers:
+    else:
+        assert isinstance(source, Head)
+        local, tokens, shard = local_head(source, tokens, options.vocab_shard)
+    if shard is None and options.sequence_group is None:  # a head that was gathered
+        local, tokens, request = checked(local, tokens, options)
+        return local.score(tokens, request)
+    with Peers(shard, options.sequence_group) as peers:
         # torch.compile would look into frames one by one after `Peers` has refused.
         if "torch._dynamo" in sys.modules:
-            return torch.compiler.disable(_of_group)(source, tokens, options, peers)  # type: ignore[no-untyped-call, no-any-return]
-        return _of_group(source, tokens, options, peers)
+            return torch.compiler.disable(_of_group)(local, tokens, options, peers)  # type: ignore[no-untyped-call, no-any-return]
+        return _of_group(local, tokens, options, peers)
 
 
 def _of_group(source: Logits | Head, tokens: Tokens, options: Options, peers: Peers) -> Scores:
