@@ -125,26 +125,12 @@ def scaling_of(
     return Scaling(temperature, logit_scale, caps[0] if caps else None)
 
 
-def _logprob(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    symbols: Tensor | None,
-    reduction: str,
-    stats: Sequence[str],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _logprob(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Both stages of the forward pass: a Combined, and the weights (B, T)."""
+    labels, mask, cu_seqlens, shift, ignore_index, *numbers, reduction, stats, backend = inputs
     stages = resolve_backend(backend, logits.device, logits.dtype)
     tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
-    scaling = scaling_of(temperature, logit_scale, softcap, symbols)
-    vocab_size = logits.shape[-1]
+    scaling, vocab_size = scaling_of(*numbers), logits.shape[-1]
     columns, dtype = Columns.all_of(vocab_size), sum_dtype(logits.dtype)
     partials = Partials.empty(tokens, columns, stages.num_splits(vocab_size), len(stats), dtype)
     stages.partials(logits, tokens, columns, scaling, stats, partials)
@@ -154,10 +140,8 @@ def _logprob(
     return *combined, partials.weights
 
 
-def _fake_logprob(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shift, ignore_index, *_, reduction, stats, _ = inputs
+def _fake_logprob(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    labels, mask, cu_seqlens, shift, ignore_index, *_, reduction, stats, _ = inputs
     tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
     weights = labels.new_empty(labels.shape, dtype=sum_dtype(logits.dtype))
     return *Combined.empty(weights, tokens.num_sequences(reduction), len(stats)), weights
@@ -165,39 +149,20 @@ def _fake_logprob(
 
 def _logprob_grad(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     """The gradient of logits, (B, T, V) contiguous; grad_logps is (B, T), possibly expanded."""
-    return _grad(grad_logps, logits, *inputs, out=None)
+    return _grad(grad_logps, logits, inputs, None)
 
 
 def _logprob_grad_(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
     """Write the gradient of logits over logits."""
-    _grad(grad_logps, logits, *inputs, out=logits)
+    _grad(grad_logps, logits, inputs, logits)
     torch.autograd.graph.increment_version(logits)
 
 
-def _grad(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    shift: bool,
-    softmax: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    symbols: Tensor | None,
-    backend: str,
-    *,
-    out: Tensor | None,
-) -> Tensor:
-    return resolve_backend(backend, logits.device, logits.dtype).grad(
-        grad_logps,
-        logits,
-        Scored(labels, weights, shift),
-        softmax,
-        Columns.all_of(logits.shape[-1]),
-        scaling_of(temperature, logit_scale, softcap, symbols),
-        out,
-    )
+def _grad(grad_logps: Tensor, logits: Tensor, inputs: Sequence[Any], out: Tensor | None) -> Tensor:
+    labels, weights, shift, softmax, *numbers, backend = inputs
+    stages = resolve_backend(backend, logits.device, logits.dtype)
+    scored, columns = Scored(labels, weights, shift), Columns.all_of(logits.shape[-1])
+    return stages.grad(grad_logps, logits, scored, softmax, columns, scaling_of(*numbers), out)
 
 
 logprob = Operator(
