@@ -3,15 +3,16 @@ the autograd function of logits.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from . import _checks, _ops
-from ._records import Request, Scaling, Scores, Tokens, VocabShard
+from ._records import Combined, Request, Scaling, Scored, Scores, Tokens, VocabShard
 
 
 class Options(NamedTuple):
@@ -29,43 +30,63 @@ class Source(Protocol):
     """What the logits come from: a tensor of them, or hidden states and a head."""
 
     @property
-    def rows(self) -> Tensor:
-        """(B, T, ...), or (N, ...) of packed tokens: a row scores a token."""
-
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All that it is made of."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the logits."""
 
     def check(self, tokens: Tokens) -> None:
         """Raise what is wrong with it, and with the tokens beside it."""
 
-    def as_batch(self) -> "Source":
-        """Packed rows as a batch of one."""
+    def _asdict(self) -> dict[str, Any]:
+        """What it is made of, as the caller named it."""
 
-    def score(self, tokens: Tokens, scaling: Scaling, request: Request) -> Scores:
+    def as_batch(self) -> Any:
+        """Packed rows as a batch of one, a Source of the same kind."""
+
+    def score(self, tokens: Tokens, request: Request) -> Scores:
         """Both passes, differentiable."""
 
 
-class Call(NamedTuple):
-    """What was checked, as the stages take it."""
+AnySource = TypeVar("AnySource", bound=Source)
 
-    source: Any  # the Source that it was
-    tokens: Tokens  # (B, T)
-    scaling: Scaling
-    request: Request
+
+class Passes(NamedTuple):
+    """Both passes over logits: by operators where all of them are here, else by stages and what the
+    other ranks say."""
+
+    # Logits, tokens, request -> a Combined, and the weights (B, T).
+    forward: Callable[[Tensor, Tokens, Request], tuple[Combined, Tensor]]
+    # Upstream (B, T), logits, scored, softmax, request, in place -> the gradient of logits.
+    backward: Callable[[Tensor, Tensor, Scored, Tensor, Request, bool], Tensor]
+
+
+def _forward(logits: Tensor, tokens: Tokens, request: Request) -> tuple[Combined, Tensor]:
+    asked = (request.reduction, request.stats, request.backend)
+    *combined, weights = _ops.logprob(logits, *tokens, *_ops.numbers_of(request), *asked)
+    return Combined(*combined), weights
+
+
+def _backward(
+    grad_logps: Tensor,
+    logits: Tensor,
+    scored: Scored,
+    softmax: Tensor,
+    request: Request,
+    in_place: bool,
+) -> Tensor:
+    inputs = (grad_logps, logits, *scored, softmax, *_ops.numbers_of(request), request.backend)
+    if in_place:
+        _ops.logprob_grad_(*inputs)
+        return logits.detach()
+    grad: Tensor = _ops.logprob_grad(*inputs)
+    return grad
+
+
+_BY_OPERATORS = Passes(_forward, _backward)
 
 
 class Logits(NamedTuple):
     logits: Tensor  # (B, T, V) or (N, V)
     inplace_backward: bool
-
-    @property
-    def rows(self) -> Tensor:
-        return self.logits
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -82,13 +103,12 @@ class Logits(NamedTuple):
     def as_batch(self) -> "Logits":
         return self._replace(logits=self.logits[None])
 
-    def score(self, tokens: Tokens, scaling: Scaling, request: Request) -> Scores:
-        symbols = _ops.symbols_of(scaling)
-        inputs = (self.logits, tokens, scaling, symbols, request)
-        if torch.is_grad_enabled() and self.logits.requires_grad:
-            return Scores(*Logprob.apply(*inputs, self.inplace_backward))  # type: ignore[no-untyped-call]
-        values, lengths, logps, _, stats, _ = _forward(*inputs)
-        return scores(request, values, lengths, logps, stats)
+    def score(self, tokens: Tokens, request: Request, passes: Passes = _BY_OPERATORS) -> Scores:
+        logits, in_place = self
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return Scores(*Logprob.apply(logits, tokens, request, in_place, passes))  # type: ignore[no-untyped-call]
+        combined, _ = passes.forward(logits, tokens, request)
+        return scores(request, combined)
 
 
 def log_probabilities(
@@ -96,26 +116,33 @@ def log_probabilities(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """The one body of the public functions, which differ in the source alone."""
     is_sharded = options.vocab_shard is not None or options.sequence_group is not None
-    if is_sharded or have_dtensor((*source.tensors, *tokens[:3])):
+    given = (*source.tensors, tokens.labels, tokens.mask, tokens.cu_seqlens)
+    if is_sharded or have_dtensor(given):
         from .parallel import sharded_scores
 
         found = sharded_scores(source, tokens, options)
     else:
-        call = checked(source, tokens, options)
-        found = call.source.score(call.tokens, call.scaling, call.request)
+        source, tokens, request = checked(source, tokens, options)
+        found = source.score(tokens, request)
     return _named(found, tokens.cu_seqlens is not None, options)
 
 
-def checked(source: Source, tokens: Tokens, options: Options) -> Call:
-    """Check what came, and put it as the stages take it."""
+def checked(
+    source: AnySource, tokens: Tokens, options: Options
+) -> tuple[AnySource, Tokens, Request]:
+    """Check what came, and put it as the stages take it: tokens and their rows as a batch."""
     _checks.check_choices(options)
     source.check(tokens)
+    if forward_ad._current_level >= 0:
+        _checks.check_no_tangents({**source._asdict(), **tokens._asdict()})
     scaling = _checks.checked_scaling(options.scaling)
-    is_packed = tokens.cu_seqlens is not None
-    tokens = Tokens(*tokens[:3], bool(tokens.shift), _checks.checked_index(tokens.ignore_index))
-    if options.reduction is None and tokens.mask is not None:  # says only what is scored
-        tokens = tokens._replace(mask=tokens.mask != 0)
+    labels, mask, cu_seqlens, shift, ignore_index = tokens
+    if options.reduction is None and mask is not None:  # says only what is scored
+        mask = mask != 0
+    tokens = Tokens(labels, mask, cu_seqlens, bool(shift), _checks.checked_index(ignore_index))
     request = Request(
+        scaling,
+        _ops.symbols_of(scaling),
         options.reduction or "none",
         tuple(name for name in _checks.TOKEN_STATS if name in options.stats)
         if options.stats
@@ -124,16 +151,15 @@ def checked(source: Source, tokens: Tokens, options: Options) -> Call:
         "token_logps" in options.stats,
         options.backend,
     )
-    if is_packed:
+    if cu_seqlens is not None:
         source, tokens = source.as_batch(), tokens.as_batch()
-    return Call(source, tokens, scaling, request)
+    return source, tokens, request
 
 
-def scores(
-    request: Request, values: Tensor, lengths: Tensor, logps: Tensor, stats: Tensor
-) -> Scores:
+def scores(request: Request, combined: Combined) -> Scores:
     """The results of a call, of which no two share memory, with each other or with what the
     backward pass reads: lengths."""
+    values, lengths, logps, _, stats = combined
     is_per_token = request.reduction == "none"
     return Scores(
         logps if is_per_token else values,
@@ -174,56 +200,41 @@ class Logprob(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         tokens: Tokens,
-        scaling: Scaling,
-        symbols: Tensor | None,
         request: Request,
         inplace_backward: bool,
+        passes: Passes,
     ) -> tuple[Tensor | None, ...]:
         if inplace_backward:
             check_no_hooks()
-        outputs = _forward(logits, tokens, scaling, symbols, request)
-        values, lengths, logps, softmax, stats, weights = outputs
-        ctx.save_for_backward(
-            logits, tokens.labels, tokens.cu_seqlens, weights, lengths, softmax, symbols
-        )
-        ctx.shift, ctx.scaling, ctx.request = tokens.shift, scaling, request
+        combined, weights = passes.forward(logits, tokens, request)
+        of_sequences = (tokens.cu_seqlens, combined.lengths)
+        of_tokens = (tokens.labels, weights, combined.softmax)
+        ctx.save_for_backward(logits, *of_tokens, *of_sequences, request.symbols)
+        ctx.shift, ctx.request, ctx.passes = tokens.shift, request, passes
         ctx.inplace_backward, ctx.is_overwritten = inplace_backward, False
-        found = scores(request, values, lengths, logps, stats)
-        ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
-        return found
+        return marked(ctx, scores(request, combined))
 
     @staticmethod
     def backward(
         ctx: Any, grad_result: Tensor, *unused: Tensor
-    ) -> tuple[Tensor, None, None, None, None, None]:
-        saved = saved_logits(ctx) if ctx.inplace_backward else ctx.saved_tensors
-        logits, labels, cu_seqlens, weights, lengths, softmax, symbols = saved
-        constants = _ops.constants(ctx.scaling, symbols)
+    ) -> tuple[Tensor, None, None, None, None]:
+        in_place = ctx.inplace_backward
+        saved = saved_logits(ctx) if in_place else ctx.saved_tensors
+        logits, labels, weights, softmax, cu_seqlens, lengths, symbols = saved
+        scored = Scored(labels, weights, ctx.shift)
+        request = ctx.request if symbols is None else ctx.request._replace(symbols=symbols)
         with torch.no_grad():
-            grad_logps = spread(grad_result, ctx.request.reduction, lengths, cu_seqlens, weights)
-            tokens = (labels, weights, ctx.shift, softmax)
-            inputs = (grad_logps, logits, *tokens, *constants, symbols, ctx.request.backend)
-            if ctx.inplace_backward:
-                _ops.logprob_grad_(*inputs)
-                grad = logits.detach()
-                ctx.is_overwritten = True
-            else:
-                grad = _ops.logprob_grad(*inputs)
-        return differentiated_once(grad), None, None, None, None, None
+            upstream = spread(grad_result, request.reduction, lengths, cu_seqlens, weights)
+            grad = ctx.passes.backward(upstream, logits, scored, softmax, request, in_place)
+        ctx.is_overwritten = in_place
+        return differentiated_once(grad), None, None, None, None
 
 
-def _forward(
-    logits: Tensor, tokens: Tokens, scaling: Scaling, symbols: Tensor | None, request: Request
-) -> Any:
-    return _ops.logprob(
-        logits,
-        *tokens,
-        *_ops.constants(scaling, symbols),
-        symbols,
-        request.reduction,
-        request.stats,
-        request.backend,
-    )
+def marked(ctx: Any, found: Scores) -> Scores:
+    """The results of a forward pass, all but the first one without a gradient."""
+    _, *others = found
+    ctx.mark_non_differentiable(*(x for x in others if x is not None))
+    return found
 
 
 def check_no_hooks() -> None:

@@ -5,7 +5,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ._records import Backend, Tokens
 
 BackendName = Literal["auto", "triton", "cpu", "torch"]
-BACKEND_NAMES = ("auto", "triton", "cpu", "torch")
+BACKEND_NAMES = get_args(BackendName)
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -1,11 +1,13 @@
 """Every complaint about inputs; those that read values, and so wait for a GPU, come last."""
 
 import operator
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._backends import BACKEND_NAMES
 from ._records import Scaling, Tokens
@@ -231,12 +233,35 @@ def _cure(value: object) -> str:
 
 
 def checked_index(ignore_index: Any) -> int:
-    """An integer, as Python's."""
-    if type(ignore_index) is int:
-        return ignore_index
+    """An integer of int64, as Python's."""
+    index = ignore_index if type(ignore_index) is int else _index(ignore_index)
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(
+            f"ignore_index must be in int64, from -2**63 to 2**63 - 1, got {ignore_index}; no "
+            "label is beyond that: to ignore none pass one that is not used, such as -1"
+        )
+    return index
+
+
+def _index(ignore_index: Any) -> int:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     return operator.index(ignore_index)
+
+
+def check_no_tangents(inputs: Mapping[str, object]) -> None:
+    """No dual numbers: their tangents would be dropped, and derivatives be 0."""
+    for name, tensor in inputs.items():
+        if isinstance(tensor, Tensor) and _has_tangent(tensor):
+            raise NotImplementedError(
+                f"{name} must not carry a tangent, got a dual tensor: dpo_triton has no "
+                "forward-mode AD (torch.func.jvp, torch.autograd.forward_ad); take "
+                "torch.autograd.grad, or dpo_triton.reference, which is plain PyTorch"
+            )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def check_choices(options: "Options") -> None:
@@ -248,9 +273,7 @@ def check_choices(options: "Options") -> None:
             "for one value per token use fused_token_logprob or fused_linear_token_logprob"
         )
     if isinstance(stats, str):
-        raise TypeError(
-            f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
-        )
+        raise string_of_stats(stats)
     # A value per token has no sequences, and so no lengths.
     allowed = SEQUENCE_STATS[1:] if reduction is None else SEQUENCE_STATS
     for name in stats:
@@ -259,6 +282,13 @@ def check_choices(options: "Options") -> None:
     if backend not in BACKEND_NAMES:
         *names, last = (f'"{name}"' for name in BACKEND_NAMES)
         raise ValueError(f"backend must be {', '.join(names)} or {last}, got {backend!r}")
+
+
+def string_of_stats(stats: str) -> TypeError:
+    """A name alone would be a sequence of letters."""
+    return TypeError(
+        f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
+    )
 
 
 def check_values(tokens: Tokens, weights: Tensor, vocab_size: int) -> None:

@@ -1,9 +1,10 @@
 """What a transformers causal language model is: its head, and what it does to its logits."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ._records import Scaling
 
 # By which power of what a configuration has under a name a logit is multiplied: Cohere's,
 # Falcon-H1's, Granite's.
@@ -19,19 +20,8 @@ OTHER_POWERS = {
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-class LogitScaling(NamedTuple):
-    """What a model does to `hidden @ weight.T + bias`: cap(logit_scale * logits)."""
-
-    logit_scale: float
-    softcap: float | None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def logit_scaling(model: nn.Module) -> LogitScaling:
-    """Read it from a transformers configuration.
+def logit_scaling(model: nn.Module) -> Scaling:
+    """What a model does to `hidden @ weight.T + bias`, by its transformers configuration.
 
     Raises:
         ValueError: a scale that is no number, nor MPT's "inv_sqrt_d_model".
@@ -57,7 +47,7 @@ def logit_scaling(model: nn.Module) -> LogitScaling:
         scale *= float(value) ** power
     caps = [getattr(config, name, None) for name in SOFTCAPS]
     softcap = next((float(cap) for cap in caps if cap is not None), None)
-    return LogitScaling(scale, softcap)
+    return Scaling(1.0, scale, softcap)
 
 
 def output_head(model: nn.Module) -> nn.Linear:

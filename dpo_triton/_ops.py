@@ -6,13 +6,13 @@ describes. Operators are registered without autograd, which is outside of them, 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._backends import resolve_backend
-from ._records import Columns, Combined, Partials, Scaling, Scored, Tokens, sum_dtype
+from ._records import Columns, Combined, Partials, Request, Scaling, Scored, Tokens, sum_dtype
 
 # Of the operators: the package's own name, so that another copy of it, imported under another name
 # as the Hugging Face Hub does, can live in the same process.
@@ -49,20 +49,25 @@ def is_watched(*inputs: Any) -> bool:
     profiler, or a tensor that is more than its memory. In eager calls the dispatcher would take
     longer than a kernel's launch.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
-        or not all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
-    )
+    ):
+        return True
+    for x in inputs:  # noqa: SIM110, any() and its generator take longer
+        if isinstance(x, Tensor) and not _is_plain(x):
+            return True
+    return False
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Not of a class of its own, without data, with a sign to be resolved, batched, sparse, ..."""
-    keys = torch._C._dispatch_keys(tensor).raw_repr()
-    return type(tensor) in (Tensor, torch.nn.Parameter) and keys in _plain_keys(tensor.device.type)
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        return False
+    return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
 
 
 @functools.cache
@@ -94,12 +99,20 @@ def symbols_of(scaling: Scaling) -> Tensor | None:
     return torch.stack([one * number for number in scaling if number is not None])
 
 
-def constants(scaling: Scaling, symbols: Tensor | None) -> tuple[float, float, float | None]:
-    """The numbers to call an operator with beside their symbols, which say whether there is a
-    softcap."""
-    if symbols is None:
-        return scaling
-    return 1.0, 1.0, None
+class Numbers(NamedTuple):
+    """A scaling as operators take it; its symbols, if there are any, are what counts."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    symbols: Tensor | None  # with a third one if there is a softcap
+
+
+def numbers_of(request: Request) -> tuple[float | Tensor | None, ...]:
+    """The fields of `Numbers`."""
+    if request.symbols is None:
+        return *request.scaling, None
+    return 1.0, 1.0, None, request.symbols
 
 
 def scaling_of(
@@ -108,30 +121,16 @@ def scaling_of(
     """The scaling that an operator was called with."""
     if symbols is None:
         return Scaling(temperature, logit_scale, softcap)
-    numbers = symbols.tolist()
-    return Scaling(numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None)
+    temperature, logit_scale, *caps = symbols.tolist()
+    return Scaling(temperature, logit_scale, caps[0] if caps else None)
 
 
-def _logprob(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    symbols: Tensor | None,
-    reduction: str,
-    stats: Sequence[str],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _logprob(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Both stages of the forward pass: a Combined, and the weights (B, T)."""
+    labels, mask, cu_seqlens, shift, ignore_index, *numbers, reduction, stats, backend = inputs
     stages = resolve_backend(backend, logits.device, logits.dtype)
     tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
-    scaling = scaling_of(temperature, logit_scale, softcap, symbols)
-    vocab_size = logits.shape[-1]
+    scaling, vocab_size = scaling_of(*numbers), logits.shape[-1]
     columns, dtype = Columns.all_of(vocab_size), sum_dtype(logits.dtype)
     partials = Partials.empty(tokens, columns, stages.num_splits(vocab_size), len(stats), dtype)
     stages.partials(logits, tokens, columns, scaling, stats, partials)
@@ -141,50 +140,29 @@ def _logprob(
     return *combined, partials.weights
 
 
-def _fake_logprob(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, reduction, stats, _ = inputs
-    tokens = Tokens(labels, mask, cu_seqlens, *inputs[:2])
+def _fake_logprob(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    labels, mask, cu_seqlens, shift, ignore_index, *_, reduction, stats, _ = inputs
+    tokens = Tokens(labels, mask, cu_seqlens, shift, ignore_index)
     weights = labels.new_empty(labels.shape, dtype=sum_dtype(logits.dtype))
     return *Combined.empty(weights, tokens.num_sequences(reduction), len(stats)), weights
 
 
 def _logprob_grad(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     """The gradient of logits, (B, T, V) contiguous; grad_logps is (B, T), possibly expanded."""
-    return _grad(grad_logps, logits, *inputs, out=None)
+    return _grad(grad_logps, logits, inputs, None)
 
 
 def _logprob_grad_(grad_logps: Tensor, logits: Tensor, *inputs: Any) -> None:
     """Write the gradient of logits over logits."""
-    _grad(grad_logps, logits, *inputs, out=logits)
+    _grad(grad_logps, logits, inputs, logits)
     torch.autograd.graph.increment_version(logits)
 
 
-def _grad(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    shift: bool,
-    softmax: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    symbols: Tensor | None,
-    backend: str,
-    *,
-    out: Tensor | None,
-) -> Tensor:
-    return resolve_backend(backend, logits.device, logits.dtype).grad(
-        grad_logps,
-        logits,
-        Scored(labels, weights, shift),
-        softmax,
-        Columns.all_of(logits.shape[-1]),
-        scaling_of(temperature, logit_scale, softcap, symbols),
-        out,
-    )
+def _grad(grad_logps: Tensor, logits: Tensor, inputs: Sequence[Any], out: Tensor | None) -> Tensor:
+    labels, weights, shift, softmax, *numbers, backend = inputs
+    stages = resolve_backend(backend, logits.device, logits.dtype)
+    scored, columns = Scored(labels, weights, shift), Columns.all_of(logits.shape[-1])
+    return stages.grad(grad_logps, logits, scored, softmax, columns, scaling_of(*numbers), out)
 
 
 logprob = Operator(

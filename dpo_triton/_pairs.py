@@ -1,12 +1,14 @@
 """From the scores of a batch of pairs to a loss and metrics, however the scores are computed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checks import TOKEN_STATS
+from ._autograd import Options, Source, log_probabilities
+from ._checks import TOKEN_STATS, checked_index, string_of_stats
+from ._records import Tokens
 from .losses import (
     LOSSES,
     Layout,
@@ -19,7 +21,7 @@ from .losses import (
     token_means,
     wpo_weights,
 )
-from .seq_logprob import DistributionStat, Reduction, Stat
+from .seq_logprob import Reduction
 
 if TYPE_CHECKING:
     from .losses import LossOptions
@@ -48,28 +50,19 @@ class DPOLossOutput(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The tokens of a batch of pairs, as in `fused_seq_logprob`."""
+    """A batch of pairs."""
 
-    labels: Tensor  # (2B, T) or (N,)
-    mask: Tensor | None  # shape of labels
+    tokens: Tokens  # (2B, T), or (N,) with cu_seqlens (2B + 1,)
     layout: Layout
-    shift: bool
-    cu_seqlens: Tensor | None  # (2B + 1,) for (N,)
-    ignore_index: int
-
-
-# (mask, reduction, stats) -> values (2B,), stats: `fused_seq_logprob` or its linear form, with
-# inputs, labels and scaling bound.
-Scorer = Callable[[Tensor | None, Reduction, Sequence[Stat]], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Reference(NamedTuple):
-    """The reference model: its log-probabilities, or what computes them."""
+    """The reference model: its log-probabilities, or what they come from."""
 
     logps: Tensor | None  # (2B,)
     reduction: Reduction | None  # of logps
-    score: Scorer | None
-    inputs: str  # the arguments that it is scored from, by name
+    source: Source | None
+    inputs: str  # the arguments that the source is made of, by name
 
 
 class Objective(NamedTuple):
@@ -85,37 +78,38 @@ class Objective(NamedTuple):
 
 
 def pair_loss(
-    score_policy: Scorer,
-    reference: Reference,
-    pairs: Pairs,
-    objective: Objective,
-    stats: Sequence[DistributionStat],
+    policy: Source, reference: Reference, pairs: Pairs, objective: Objective, options: Options
 ) -> DPOLossOutput:
-    """The loss of a batch of pairs, and what one logs of it; see `fused_dpo_loss`."""
-    beta, rpo_alpha, ld_alpha, use_weighting = objective[2:6]
-    losses = _by_name(objective.loss_type, objective.loss_weights)
-    check_mixture(losses, objective.options, is_weighted=use_weighting)
+    """The loss of a batch of pairs, and what one logs of it; see `fused_dpo_loss`.
+
+    The options are those of both models' log-probabilities, with the stats of the metrics; which
+    reduction, the losses say.
+    """
+    loss_type, loss_weights, beta, rpo_alpha, ld_alpha, use_weighting, loss_options = objective
+    losses, stats = _by_name(loss_type, loss_weights), options.stats
+    check_mixture(losses, loss_options, is_weighted=use_weighting)
     _check_reference(losses, reference)
     _check_stats(stats)
 
-    layout, shift, cu_seqlens = pairs.layout, pairs.shift, pairs.cu_seqlens
-    mask, weights = pairs.mask, _scored_mask(pairs)
+    tokens, layout = pairs
+    weights, shift, cu_seqlens = _scored_mask(tokens), tokens.shift, tokens.cu_seqlens
     if ld_alpha is not None:
-        mask = weights = ld_dpo_mask(
-            weights, ld_alpha, layout=layout, shift=shift, cu_seqlens=cu_seqlens
-        )
+        weights = ld_dpo_mask(weights, ld_alpha, layout=layout, shift=shift, cu_seqlens=cu_seqlens)
+        tokens = tokens._replace(mask=weights)
 
     # Means alone need no conversion; a sum and its length give what any loss takes.
     takes_means = rpo_alpha is None and all(LOSSES[name].takes == "mean" for name in losses)
     reduction: Reduction = "mean" if takes_means else "sum"
-    wpo_stats: tuple[Stat, ...] = ("token_logps", "log_sum_sq_probs") if use_weighting else ()
-    wanted: dict[Stat, None] = dict.fromkeys(("lengths", *wpo_stats, *stats))
-    logps, of_policy = score_policy(mask, reduction, tuple(wanted))
+    wpo_stats = ("token_logps", "log_sum_sq_probs") if use_weighting else ()
+    wanted = tuple(dict.fromkeys(("lengths", *wpo_stats, *stats)))
+    options = options._replace(reduction=reduction, stats=wanted)
+    logps, of_policy = log_probabilities(policy, tokens, options)
     lengths = of_policy["lengths"]
     ref_logps, ref_reduction = reference.logps, reference.reduction
-    if reference.score is not None:
+    if reference.source is not None:
         with torch.no_grad():
-            ref_logps, _ = reference.score(mask, reduction, ("lengths",))
+            options = options._replace(stats=("lengths",))
+            ref_logps, _ = log_probabilities(reference.source, tokens, options)
         ref_reduction = reduction
 
     chosen, rejected = _answers(logps, reduction, lengths, layout)
@@ -142,7 +136,7 @@ def pair_loss(
         beta=beta,
         rpo_alpha=rpo_alpha,
         pair_weights=pair_weights,
-        **objective.options,
+        **loss_options,
     )
 
     # In float64 the mean of equal losses is that loss, whatever their number.
@@ -201,12 +195,12 @@ def _by_name(
     return dict(zip(names, weights, strict=True))
 
 
-def _scored_mask(pairs: Pairs) -> Tensor:
+def _scored_mask(tokens: Tokens) -> Tensor:
     """The mask, 0 where a label is to be ignored."""
-    labels, mask = pairs.labels, pairs.mask
+    labels, mask = tokens.labels, tokens.mask
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    is_label = labels != pairs.ignore_index
+    is_label = labels.long() != checked_index(tokens.ignore_index)
     if mask is None:
         return is_label
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
@@ -220,19 +214,19 @@ def _scored_mask(pairs: Pairs) -> Tensor:
 
 def _check_reference(losses: Mapping[str, float], reference: Reference) -> None:
     """One reference where a loss needs it, none where no loss does, and its reduction said."""
-    ref_logps, ref_reduction, score_reference, ref_inputs = reference
+    ref_logps, ref_reduction, source, ref_inputs = reference
     needing = [name for name in losses if LOSSES[name].needs_reference]
-    if needing and ref_logps is None and score_reference is None:
+    if needing and ref_logps is None and source is None:
         free = ", ".join(name for name, loss in LOSSES.items() if not loss.needs_reference)
         raise ValueError(
             f"loss_type {needing[0]!r} needs a reference; pass ref_logps with ref_reduction, or "
             f"{ref_inputs}; losses without one are {free}"
         )
-    if not needing and (ref_logps is not None or score_reference is not None):
+    if not needing and (ref_logps is not None or source is not None):
         raise ValueError(
             f"loss_type {', '.join(losses)} uses no reference, and one is given; drop it"
         )
-    if ref_logps is not None and score_reference is not None:
+    if ref_logps is not None and source is not None:
         raise ValueError(f"ref_logps and {ref_inputs} are both given; pass one of them")
     if ref_logps is not None and ref_reduction not in ("sum", "mean"):
         raise ValueError(
@@ -261,9 +255,7 @@ def _check_ref_logps(ref_logps: Tensor, logps: Tensor) -> None:
 
 def _check_stats(stats: Sequence[str]) -> None:
     if isinstance(stats, str):
-        raise TypeError(
-            f'stats must be a sequence of names, got the string {stats!r}; pass ("{stats}",)'
-        )
+        raise string_of_stats(stats)
     unknown = [name for name in stats if name not in TOKEN_STATS]
     if unknown:
         raise ValueError(

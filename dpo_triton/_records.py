@@ -5,7 +5,7 @@ what the stages multiply by. `kernels/` imports nothing of this package; it is h
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 LN2 = math.log(2.0)
+
+Stats = Sequence[str]  # of tokens, in the order of the partials' channels
 
 
 class Scaling(NamedTuple):
@@ -139,6 +141,17 @@ class Partials(NamedTuple):
             target.fill_(-math.inf)
         return cls(weights.new_empty(2 + num_stats, num_splits, num_tokens), target, weights)
 
+    def among(self, places: Tensor, weights: Tensor) -> "Partials":
+        """Those of the M scored tokens at their places among all, of weights (B, T)."""
+        channels, splits, _ = self.sums.shape
+        sums = weights.new_empty(channels, splits, weights.numel())
+        target = weights.new_empty(weights.numel())
+        return Partials(
+            sums.index_copy_(2, places, self.sums),
+            target.index_copy_(0, places, self.target),
+            weights,
+        )
+
 
 class RowSoftmax(NamedTuple):
     """What the gradient takes of each token, the rows of (4, N); anything where it is not scored.
@@ -186,9 +199,9 @@ class Backend(NamedTuple):
     """The three stages on a kind of device; `kernels/` says what each of them takes and writes."""
 
     name: str
-    partials: Callable[..., None]
-    combine: Callable[..., None]
-    grad: Callable[..., Tensor]
+    partials: Callable[[Tensor, Tokens, Columns, Scaling, Stats, Partials], None]
+    combine: Callable[[Partials, Tensor | None, str, int, Scaling, Stats, Combined], None]
+    grad: Callable[[Tensor, Tensor, Scored, Tensor, Columns, Scaling, Tensor | None], Tensor]
     num_splits: Callable[[int], int]  # columns -> K, entries of the partials of each token
     tile_width: int  # columns of a head's tile: a constant, so that a row's bits stay its own
     # Tokens, weights, vocab_size: raises what is wrong with values, if they may be waited for.
@@ -196,10 +209,12 @@ class Backend(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked of a call besides the log-probabilities themselves."""
+    """What is asked of a call, checked, as the stages take it."""
 
+    scaling: Scaling
+    symbols: Tensor | None  # the scaling's numbers where a graph does not know them
     reduction: str  # "mean", "sum", or "none"
-    stats: tuple[str, ...]  # of tokens, in the order of the partials' channels
+    stats: Stats
     wants_lengths: bool
     wants_logps: bool
     backend: str  # as it was asked for: the operators resolve it

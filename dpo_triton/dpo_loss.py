@@ -5,19 +5,13 @@ from collections.abc import Sequence
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ._autograd import Logits, Options
 from ._backends import BackendName
-from ._pairs import (
-    DPOLossOutput,
-    DPOMetrics,
-    Objective,
-    Pairs,
-    Reference,
-    Scorer,
-    pair_loss,
-)
-from .linear import fused_linear_seq_logprob
+from ._head import Head
+from ._pairs import DPOLossOutput, DPOMetrics, Objective, Pairs, Reference, pair_loss
+from ._records import Scaling, Tokens
 from .losses import Layout, LossName, LossOptions
-from .seq_logprob import DistributionStat, Reduction, fused_seq_logprob
+from .seq_logprob import DistributionStat, Reduction
 
 __all__ = ["DPOLossOutput", "DPOMetrics", "fused_dpo_loss", "fused_linear_dpo_loss"]
 
@@ -88,31 +82,13 @@ def fused_dpo_loss(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, and those of the losses.
     """
-
-    def scorer(logits: Tensor, inplace_backward: bool) -> Scorer:
-        return lambda mask, reduction, stats: fused_seq_logprob(
-            logits,
-            labels,
-            mask,
-            reduction=reduction,
-            shift=shift,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            stats=stats,
-            inplace_backward=inplace_backward,
-            backend=backend,
-        )
-
-    score_reference = None if ref_logits is None else scorer(ref_logits, False)
+    ref_source = None if ref_logits is None else Logits(ref_logits, False)
     return pair_loss(
-        scorer(policy_logits, inplace_backward),
-        Reference(ref_logps, ref_reduction, score_reference, "ref_logits"),
-        Pairs(labels, mask, layout, shift, cu_seqlens, ignore_index),
+        Logits(policy_logits, inplace_backward),
+        Reference(ref_logps, ref_reduction, ref_source, "ref_logits"),
+        Pairs(Tokens(labels, mask, cu_seqlens, shift, ignore_index), layout),
         Objective(loss_type, loss_weights, beta, rpo_alpha, ld_alpha, use_weighting, loss_options),
-        stats,
+        Options(None, Scaling(temperature, logit_scale, softcap), stats, backend),
     )
 
 
@@ -169,32 +145,13 @@ def fused_linear_dpo_loss(
     if ref_bias is not None and ref_weight is None:
         raise ValueError("ref_bias is given without ref_hidden and ref_weight; pass all, or none")
 
-    def scorer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Scorer:
-        return lambda mask, reduction, stats: fused_linear_seq_logprob(
-            hidden,
-            weight,
-            labels,
-            mask,
-            bias=bias,
-            reduction=reduction,
-            shift=shift,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            stats=stats,
-            tile_bytes=tile_bytes,
-            backend=backend,
-        )
-
-    score_reference = None
+    ref_source = None
     if ref_hidden is not None and ref_weight is not None:
-        score_reference = scorer(ref_hidden, ref_weight, ref_bias)
+        ref_source = Head(ref_hidden, ref_weight, ref_bias, tile_bytes)
     return pair_loss(
-        scorer(hidden, weight, bias),
-        Reference(ref_logps, ref_reduction, score_reference, "ref_hidden and ref_weight"),
-        Pairs(labels, mask, layout, shift, cu_seqlens, ignore_index),
+        Head(hidden, weight, bias, tile_bytes),
+        Reference(ref_logps, ref_reduction, ref_source, "ref_hidden and ref_weight"),
+        Pairs(Tokens(labels, mask, cu_seqlens, shift, ignore_index), layout),
         Objective(loss_type, loss_weights, beta, rpo_alpha, ld_alpha, use_weighting, loss_options),
-        stats,
+        Options(None, Scaling(temperature, logit_scale, softcap), stats, backend),
     )

@@ -13,14 +13,15 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._backends import BackendName, resolve_backend
+from ._backends import BACKEND_NAMES, BackendName, resolve_backend
 from ._records import Backend
 from ._version import __version__
 from .linear import fused_linear_seq_logprob
@@ -28,7 +29,7 @@ from .seq_logprob import fused_seq_logprob
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "trl", "transformers", "peft", "accelerate")
 VARIABLES = ("TRITON_INTERPRET", "DPO_TRITON_DEBUG")
-BACKENDS: tuple[BackendName, ...] = tuple(name for name in get_args(BackendName) if name != "auto")
+BACKENDS: tuple[BackendName, ...] = tuple(name for name in BACKEND_NAMES if name != "auto")
 
 
 def main() -> int:
@@ -215,19 +216,13 @@ def self_check(backend: BackendName, device: torch.device) -> Iterator[CheckResu
     for dtype in (torch.float32, torch.bfloat16):
         for layout, (tensors, options) in layouts.items():
             for shift in (False, True):
-                rounded = tensors[0].to(dtype)
-                moved = [x.to(device) for x in (rounded, *tensors[1:])]
+                rounded, *beside = tensors[0].to(dtype), *tensors[1:]
+                moved, *moved_beside = (x.to(device) for x in (rounded, *beside))
                 moved_options = {name: x.to(device) for name, x in options.items()}
-                value, grad = _value_and_grad(
-                    fused_seq_logprob, *moved, shift=shift, backend=backend, **moved_options
-                )
-                exact, exact_grad = _value_and_grad(
-                    reference.seq_logprob,
-                    rounded.double(),
-                    *tensors[1:],
-                    shift=shift,
-                    **options,
-                )
+                call = partial(fused_seq_logprob, shift=shift, backend=backend, **moved_options)
+                value, grad = _value_and_grads(call, [moved], *moved_beside)
+                exact_call = partial(reference.seq_logprob, shift=shift, **options)
+                exact, exact_grad = _value_and_grads(exact_call, [rounded.double()], *beside)
                 value_error = (value - exact).abs()
                 grad_error = float((grad - exact_grad).abs().max() / exact_grad.abs().max())
                 # A NaN compares false, and so fails.
@@ -268,16 +263,10 @@ def head_check(backend: BackendName, device: torch.device) -> Iterator[CheckResu
         yield CheckResult(f"head, {name}", float(value_error.max()), grad_error, passed)
 
 
-def _value_and_grad(function: Any, logits: Tensor, *args: Tensor, **options: Any) -> list[Tensor]:
-    return _value_and_grads(function, [logits], *args, **options)
-
-
-def _value_and_grads(
-    function: Any, inputs: list[Tensor], *args: Tensor, **options: Any
-) -> list[Tensor]:
+def _value_and_grads(function: Any, inputs: list[Tensor], *args: Tensor) -> list[Tensor]:
     """In float64 on the CPU: the value, then each input's gradient; upstream gradients differ."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = function(*leaves, *args, **options)
+    value = function(*leaves, *args)
     upstream = torch.arange(1, len(value) + 1, dtype=value.dtype, device=value.device)
     grads = torch.autograd.grad(value, leaves, upstream)
     return [x.detach().cpu().double() for x in (value, *grads)]

@@ -4,22 +4,18 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._autograd import Options, log_probabilities
 from ._backends import BackendName
-from ._language_model import (
-    LogitScaling,
-    language_model,
-    logit_scaling,
-    num_virtual_tokens,
-    output_head,
-)
-from .linear import fused_linear_seq_logprob
-from .seq_logprob import Reduction, Stat
+from ._head import Head
+from ._language_model import language_model, logit_scaling, num_virtual_tokens, output_head
+from ._records import Scaling, Tokens
+from .seq_logprob import Reduction
 
 # What goes through the model's own treatment of logits, to see that it is the one we know of: from
 # where a softcap is a line to where it is flat.
@@ -99,6 +95,9 @@ def seq_logprob_from_model(
         _check_has_aux_loss(base)
         kwargs["output_router_logits"] = True
     num_virtual = num_virtual_tokens(model)
+    tokens = Tokens(input_ids if labels is None else labels, mask, cu_seqlens, True, ignore_index)
+    own_stats = [name for name in stats if name != "aux_loss"]
+    options = Options(reduction, scaling._replace(temperature=temperature), own_stats, backend)
     results: list[Any] = []
     head_outputs: list[Tensor] = []
 
@@ -107,23 +106,8 @@ def seq_logprob_from_model(
             hidden = hidden[0]
         elif hidden.shape[1] == input_ids.shape[1] + num_virtual:
             hidden = hidden[:, num_virtual:]
-        result = fused_linear_seq_logprob(
-            hidden,
-            head.weight,
-            input_ids if labels is None else labels,
-            mask,
-            bias=head.bias,
-            reduction=reduction,
-            shift=True,
-            cu_seqlens=cu_seqlens,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=scaling.logit_scale,
-            softcap=scaling.softcap,
-            stats=cast("list[Stat]", [name for name in stats if name != "aux_loss"]),
-            tile_bytes=tile_bytes,
-            backend=backend,
-        )
+        source = Head(hidden, head.weight, head.bias, tile_bytes)
+        result = log_probabilities(source, tokens, options)
         results.append(result)
         values = result[0] if isinstance(result, tuple) else result
         probe = torch.tensor(PROBE, dtype=values.dtype, device=values.device)
@@ -182,10 +166,10 @@ def _replaced_forward(head: nn.Linear, forward: Any, outputs: list[Tensor]) -> I
         hook.remove()
 
 
-def _check_scaling(scaling: LogitScaling, logits: Tensor, base: nn.Module) -> None:
+def _check_scaling(scaling: Scaling, logits: Tensor, base: nn.Module) -> None:
     """Compare what became of the probe with what was computed. Waits for a GPU."""
     got = logits.detach().flatten()[: len(PROBE)].double().cpu()
-    expected = scaling(torch.tensor(PROBE, dtype=torch.float64))
+    expected = scaling.slope * scaling.cap_(torch.tensor(PROBE, dtype=torch.float64))
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-4, atol=1e-6):
         raise ValueError(
             f"{type(base).__name__} treats its logits in a way that its "

@@ -18,12 +18,12 @@ from typing_extensions import Unpack
 from ._backends import BackendName
 from .dpo_loss import DPOLossOutput, fused_dpo_loss, fused_linear_dpo_loss
 from .losses import LOSSES, Layout, LossName, LossOptions
-from .seq_logprob import DistributionStat, Reduction
+from .seq_logprob import DistributionStat, Reduction, ScoreOptions
 
 __all__ = ["DPOLoss", "LinearDPOLoss"]
 
 
-class _PairOptions(LossOptions, total=False):
+class _PairOptions(LossOptions, ScoreOptions, total=False):
     """What both functions take beside tensors."""
 
     ref_reduction: Reduction | None
@@ -34,13 +34,7 @@ class _PairOptions(LossOptions, total=False):
     ld_alpha: float | None
     use_weighting: bool
     layout: Layout
-    shift: bool
-    ignore_index: int
-    temperature: float
-    logit_scale: float
-    softcap: float | None
     stats: Sequence[DistributionStat]
-    backend: BackendName
 
 
 class DPOLossOptions(_PairOptions, total=False):

@@ -180,7 +180,7 @@ def _weights(
     weights = torch.ones(labels.shape, dtype=dtype, device=labels.device)
     if mask is not None:
         weights = mask.to(dtype).clone()
-    weights[labels == ignore_index] = 0.0
+    weights[labels.long() == ignore_index] = 0.0  # int32 would wrap what is beyond it
     if cu_seqlens is not None:
         weights[int(cu_seqlens[-1]) :] = 0.0  # padding after the last sequence
     if shift and cu_seqlens is None:

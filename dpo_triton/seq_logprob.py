@@ -19,17 +19,22 @@ TokenStat = Literal["token_logps", DistributionStat]
 Stat = Literal["lengths", TokenStat]
 
 
-class TokenOptions(TypedDict, total=False):
-    """What every function takes, for the overloads; the functions' docstrings describe it."""
+class ScoreOptions(TypedDict, total=False):
+    """What every function takes beside tensors; the functions' docstrings describe it."""
 
     shift: bool
-    cu_seqlens: Tensor | None
     ignore_index: int
     temperature: float
     logit_scale: float
     softcap: float | None
-    vocab_shard: VocabShard | None
     backend: BackendName
+
+
+class TokenOptions(ScoreOptions, total=False):
+    """For the overloads here, and those from hidden states."""
+
+    cu_seqlens: Tensor | None
+    vocab_shard: VocabShard | None
 
 
 class SequenceOptions(TokenOptions, total=False):

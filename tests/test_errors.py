@@ -104,6 +104,11 @@ CASES = {
     "stats": (dict(stats=["margin"]), ValueError, "stats must be out of lengths.*got 'margin'"),
     "stats string": (dict(stats="entropy"), TypeError, r"sequence of names.*\(\"entropy\",\)"),
     "ignore_index": (dict(ignore_index=None), TypeError, "ignore_index must be an int"),
+    "ignore_index beyond int64": (
+        dict(ignore_index=-(2**63) - 1),
+        ValueError,
+        r"ignore_index must be in int64, from -2\*\*63 to .*got -9223372036854775809; .*such as -1",
+    ),
     "backend": (
         dict(backend="cuda"),
         ValueError,

@@ -1,5 +1,7 @@
 """Values and gradients against float64: dtypes, vocabularies, options, layouts."""
 
+import functools
+
 import pytest
 import torch
 from batches import (
@@ -14,7 +16,7 @@ from batches import (
 )
 from pairwise import pairwise
 
-from dpo_triton import fused_token_logprob, reference
+from dpo_triton import fused_dpo_loss, fused_token_logprob, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 1, 2: no other token, one other; 1023-1025, 6400: around a tile of the kernels and MiniMind's;
@@ -133,6 +135,21 @@ def test_no_mask_scores_every_label_but_ignore_index(backend, device):
     assert_close(value, exact, 1e-6)
     labels[labels == -100] = 0
     assert_close(fused(backend)(batch.logits, labels, labels != 0, ignore_index=0), exact, 1e-6)
+
+
+@pytest.mark.parametrize("turns", [1, -2, 2**31 - 1])
+@pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64], ids=str)
+def test_an_ignore_index_beyond_int32_is_no_label(label_dtype, turns, backend, device):
+    """In 32 bits it would wrap to a label that is scored."""
+    logits, labels, _ = make_batch((2, 4, 50), torch.float32, device)
+    labels[1, 2] = 7
+    labels, options = labels.to(label_dtype), dict(ignore_index=7 + turns * 2**32)
+    value = fused(backend)(logits, labels, **options)
+    assert torch.equal(value, fused(backend)(logits, labels))
+    on_cpu = logits.cpu(), labels.cpu()
+    assert torch.equal(reference.seq_logprob(*on_cpu, **options), reference.seq_logprob(*on_cpu))
+    loss = functools.partial(fused_dpo_loss, logits, labels, loss_type="simpo", backend=backend)
+    assert torch.equal(loss(**options).loss, loss().loss)
 
 
 def test_integer_masks_are_weights(backend, device):

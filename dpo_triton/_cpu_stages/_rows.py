@@ -1,7 +1,6 @@
 """What the loops take of tensors and options."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import TOKEN_STATS
-from .._records import Scaling
+from .._records import Scaling, Stats
 
 # A zero of each type of logits: in the loops bfloat16 is uint16, and float16 is int16.
 ELEMENTS: dict[torch.dtype, Any] = {
@@ -35,7 +34,7 @@ def int64(x: Tensor) -> Tensor:
     return contiguous(x, torch.int64)
 
 
-def flags(stats: Sequence[str]) -> int | None:
+def flags(stats: Stats) -> int | None:
     """None without stats: a type of its own, for which loops are compiled without theirs."""
     return sum(FLAGS[name] for name in stats) or None
 
@@ -50,15 +49,14 @@ class Numbers(NamedTuple):
 
     @property
     def of_cap(self) -> tuple[Any, Any]:
-        return self[2:]
+        return self.logit_scale, self.softcap
 
 
 @functools.lru_cache(64)  # to make them takes as long as a small loop
 def numbers(scaling: Scaling, dtype: torch.dtype) -> Numbers:
-    """An exponent's scale that is too large for products with it is as good as any: it leaves the
-    largest logit alone."""
-    softcap = None if scaling.softcap is None else real(scaling.softcap, dtype)
-    exponent_scale = real(min(scaling.exponent_scale, 2.0**120), dtype)
     return Numbers(
-        exponent_scale, real(scaling.slope, dtype), real(scaling.logit_scale, dtype), softcap
+        real(scaling.exponent_scale, dtype),
+        real(scaling.slope, dtype),
+        real(scaling.logit_scale, dtype),
+        None if scaling.softcap is None else real(scaling.softcap, dtype),
     )

@@ -1,44 +1,43 @@
 """Second stage: from partials to log-probabilities and sequences; see `kernels/combine.py`."""
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from .._records import LN2, Combined, Partials, Scaling
+from .._records import LN2, Combined, Partials, Scaling, Stats
 from ._compiled import compiled, inner
 from ._numbers import softmax_rows, view
 from ._rows import ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGIT, TOP1, flags, int64, numbers
 
 
 @inner
-def combine_token(
-    n, num_tokens, sums, channel, split, num_splits, x_y, scale, stats, limit, softmax, token_stats
-):
-    """Write what one scored token gets, and return its log-probability in float64."""
-    peak = np.float64(sums[n])
+def combine_token(n, sums, x_y, scale, stats, limit, softmax, token_stats):
+    """Write what one scored token gets of sums (C, K, N) to softmax (4, N) and token_stats (E, N),
+    and return its log-probability in float64."""
+    num_splits = sums.shape[1]
+    peak = np.float64(sums[0, 0, n])
     for k in range(1, num_splits):
-        peak = max(peak, np.float64(sums[k * split + n]))
+        peak = max(peak, np.float64(sums[0, k, n]))
     others, products, squares, logit_sum, rival = 0.0, 0.0, 0.0, 0.0, -np.inf
     for k in range(num_splits):
-        place = k * split + n
-        offset = (sums[place] - peak) * scale
+        offset = (sums[0, k, n] - peak) * scale
         shrink = np.exp2(offset)
-        total = np.float64(sums[place + channel])
+        total = np.float64(sums[1, k, n])
         others += total * shrink
         if stats is not None:
-            place += 2 * channel
+            channel = 2
             if stats & ENTROPY:
-                products += (sums[place] + offset * total) * shrink if total != 0.0 else 0.0
-                place += channel
+                product = sums[channel, k, n] + offset * total
+                products += product * shrink if total != 0.0 else 0.0
+                channel += 1
             if stats & MEAN_LOGIT:
-                logit_sum += sums[place]
-                place += channel
+                logit_sum += sums[channel, k, n]
+                channel += 1
             if stats & TOP1:
-                rival = max(rival, np.float64(sums[place]))
-                place += channel
+                rival = max(rival, np.float64(sums[channel, k, n]))
+                channel += 1
             if stats & LOG_SUM_SQ_PROBS:
-                squares += sums[place] * shrink * shrink
+                squares += sums[channel, k, n] * shrink * shrink
 
     log_odds = ((peak - x_y) * scale + np.log2(others)) * LN2
     if not x_y < np.inf:  # would look certain: inf < inf and nan < inf are both false
@@ -67,26 +66,27 @@ def combine_token(
     softmax[3][n] = used
 
     if stats is not None:
+        stat = 0
         if stats & ENTROPY:  # log total - sum of p * (z - peak)
             products = (products + offset * others) * shrink if others != 0.0 else 0.0
             products += e_y * target_offset if e_y != 0.0 else 0.0
-            token_stats[n] = (log2_total - products / total) * LN2
-            n += num_tokens
+            token_stats[stat, n] = (log2_total - products / total) * LN2
+            stat += 1
         if stats & MEAN_LOGIT:
-            token_stats[n] = logit_sum * scale * LN2
-            n += num_tokens
+            token_stats[stat, n] = logit_sum * scale * LN2
+            stat += 1
         if stats & TOP1:
-            token_stats[n] = 1.0 if rival < x_y else 0.0
-            n += num_tokens
+            token_stats[stat, n] = 1.0 if rival < x_y else 0.0
+            stat += 1
         if stats & LOG_SUM_SQ_PROBS:
             squares = squares * shrink * shrink + e_y * e_y
-            token_stats[n] = (np.log2(squares) - 2.0 * log2_total) * LN2
+            token_stats[stat, n] = (np.log2(squares) - 2.0 * log2_total) * LN2
     return -(max(log_odds, 0.0) + np.log1p(e))
 
 
 @compiled
 def combine_sequences(
-    num_tokens, seq_len, num_sequences, sums, channel, split, num_splits, target, weights,
+    num_tokens, seq_len, num_sequences, sums, pitch_c, pitch_k, num_splits, target, weights,
     cu_seqlens, is_mean, scale, stats, num_stats, values, lengths, logps, softmax, pitch,
     token_stats,
 ):  # fmt: skip
@@ -95,11 +95,13 @@ def combine_sequences(
     sequences have seq_len tokens."""
     target, weights = view(target, num_tokens, scale), view(weights, num_tokens, scale)
     values, lengths = view(values, num_sequences, scale), view(lengths, num_sequences, scale)
-    logps, sums = view(logps, num_tokens, scale), view(sums, 1, scale)
-    token_stats = view(token_stats, 1, scale)
+    logps = view(logps, num_tokens, scale)
+    size, shape = target.itemsize, (2 + num_stats, num_splits, num_tokens)
+    sums = as_strided(view(sums, 1, scale), shape, (pitch_c * size, pitch_k * size, size))
+    token_stats = view(token_stats, (num_stats, num_tokens), scale)
     rows = softmax_rows(softmax, pitch, scale)
     is_packed, ends = cu_seqlens != 0, view(cu_seqlens, num_sequences + 1, 0)
-    limit = np.exp2(30.0 if target.itemsize == 4 else 59.0)
+    limit = np.exp2(30.0 if size == 4 else 59.0)
     stop = 0
     for s in range(num_sequences + 1):  # after the last one, what belongs to none
         first, stop = stop, num_tokens
@@ -109,16 +111,15 @@ def combine_sequences(
         for n in range(first, stop):
             logp = 0.0
             if weights[n] != 0:
+                x_y = np.float64(target[n])
                 logp = combine_token(
-                    n, num_tokens, sums, channel, split, num_splits, np.float64(target[n]),
-                    np.float64(scale), stats, limit, rows, token_stats,
-                )  # fmt: skip
+                    n, sums, x_y, np.float64(scale), stats, limit, rows, token_stats
+                )
                 value += logp * weights[n]
                 length += weights[n]
                 num_scored += 1
             else:
-                for e in range(num_stats):
-                    token_stats[n + e * num_tokens] = 0.0
+                token_stats[:, n] = 0.0
             logps[n] = logp
         if s < num_sequences:
             values[s] = value / length if is_mean and num_scored > 0 else value
@@ -131,7 +132,7 @@ def combine(
     reduction: str,
     vocab_size: int,
     scaling: Scaling,
-    stats: Sequence[str],
+    stats: Stats,
     out: Combined,
 ) -> None:
     """Write values and lengths, logps, what `grad` takes of each token, and stats."""

@@ -1,11 +1,11 @@
 """Third stage: the gradient of the logits; see `kernels/grad.py` for the mathematics."""
 
 import numpy as np
-import torch
 from numba import carray
 from torch import Tensor
 
 from .._records import Columns, Scaling, Scored
+from .._torch_stages.grad import zeros_like
 from ._compiled import compiled, inner
 from ._numbers import (
     BLOCK,
@@ -122,13 +122,3 @@ def grad(
         *of_scaling.of_cap, out.data_ptr(), *out.stride()[:2], not is_fresh,
     )  # fmt: skip
     return out
-
-
-def zeros_like(logits: Tensor) -> Tensor:
-    """Contiguous zeros, straight from the operating system by NumPy's calloc.
-
-    Pages of rows that are not scored are then never touched, and large gradients ask for huge
-    pages.
-    """
-    words = {2: np.int16, 4: np.int32, 8: np.int64}[logits.element_size()]
-    return torch.from_numpy(np.zeros(logits.shape, words)).view(logits.dtype)

@@ -6,13 +6,11 @@ of sums. Sums over a block may be added in any order, that of the blocks and all
 a row's bits are its own, whichever thread has it.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numba import carray
 from torch import Tensor
 
-from .._records import Columns, Partials, Scaling, Tokens
+from .._records import Columns, Partials, Scaling, Stats, Tokens
 from ._compiled import compiled, inner
 from ._numbers import (
     BLOCK,
@@ -192,18 +190,8 @@ def fold_rows(
                     sums[place] = squares
 
 
-def num_splits(num_columns: int) -> int:
-    """Entries of the partials for each token: a row is summed as a whole."""
-    return 1
-
-
 def partials(
-    logits: Tensor,
-    tokens: Tokens,
-    columns: Columns,
-    scaling: Scaling,
-    stats: Sequence[str],
-    out: Partials,
+    logits: Tensor, tokens: Tokens, columns: Columns, scaling: Scaling, stats: Stats, out: Partials
 ) -> None:
     """Write the partials, K = 1, of float32, or float64 like the logits."""
     sums, target, weights = out

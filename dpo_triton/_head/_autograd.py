@@ -1,23 +1,53 @@
 """The head as what logits come from, and its autograd function."""
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _ops
-from .._autograd import differentiated_once, scores, spread
-from .._records import Request, Scaling, Scores, Tokens
+from .. import _checks
+from .._autograd import differentiated_once, marked, scores, spread
+from .._ops import numbers_of
+from .._records import Combined, Request, Scores, Tokens
 from ._operators import count_flops, linear_logprob, linear_logprob_grad
 from ._tiles import Plan, Weights
-from .backward import frozen_backward
+from .backward import HeadGrads, Saved, Sum, frozen_backward
+from .forward import Forward
 
 # Memory of the tiles where the caller names none. On a GPU a tile should be thousands of rows.
 TILE_BYTES = {"cpu": 56 * 2**20}
 TILE_BYTES_ELSEWHERE = 256 * 2**20
 # What a rank with few of the columns takes at least, beyond its share of that.
 LEAST_TILE_BYTES = 4 * 2**20
+
+
+class HeadPasses(NamedTuple):
+    """Both passes over the head, as `Passes` over logits."""
+
+    forward: Callable[[Weights, Tokens, Request, Plan], Forward]
+    # Upstream (B, T), head, saved, request, plan, and what is next.
+    backward: Callable[[Tensor, Weights, Saved, Request, Plan, Sum], HeadGrads]
+    summed: Callable[[bool], AbstractContextManager[Sum]]  # whether hidden needs a gradient
+
+
+def _forward(head: Weights, tokens: Tokens, request: Request, plan: Plan) -> Forward:
+    numbers, asked = numbers_of(request), (request.reduction, request.stats)
+    *combined, weights, kept, unit_grad = linear_logprob(*head, *tokens, *numbers, *asked, *plan)
+    return Forward(Combined(*combined), weights, kept, unit_grad)
+
+
+def _backward(
+    grad_logps: Tensor, head: Weights, saved: Saved, request: Request, plan: Plan, sum_: Sum
+) -> HeadGrads:
+    numbers = numbers_of(request)
+    return HeadGrads(*linear_logprob_grad(grad_logps, *head, *saved, *numbers, *plan))
+
+
+_ALONE = nullcontext()
+_BY_OPERATORS = HeadPasses(_forward, _backward, lambda needs_hidden: _ALONE)
 
 
 class Head(NamedTuple):
@@ -27,10 +57,6 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None  # (V,)
     tile_bytes: int | None
-
-    @property
-    def rows(self) -> Tensor:
-        return self.hidden
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -69,17 +95,21 @@ class Head(NamedTuple):
         hidden, weight, bias = (is_on and x is not None and x.requires_grad for x in self.tensors)
         return Plan(self.dtype, tile_bytes, (hidden, weight, bias), backend)
 
-    def score(self, tokens: Tokens, scaling: Scaling, request: Request) -> Scores:
-        symbols = _ops.symbols_of(scaling)
+    def score(
+        self,
+        tokens: Tokens,
+        request: Request,
+        passes: HeadPasses = _BY_OPERATORS,
+        plan: Plan | None = None,
+    ) -> Scores:
         if "torch.utils.flop_counter" in sys.modules and not torch.compiler.is_compiling():
             count_flops()
-        head, plan = Weights(*self[:3]), self.plan(request.backend)
+        plan = self.plan(request.backend) if plan is None else plan
+        head = Weights(self.hidden, self.weight, self.bias)
         if any(plan.needs):
-            inputs = (*head, tokens, scaling, symbols, request, plan)
+            inputs = (*head, tokens, request, plan, passes)
             return Scores(*LinearLogprob.apply(*inputs))  # type: ignore[no-untyped-call]
-        found = _forward(head, tokens, scaling, symbols, request, plan)
-        values, lengths, logps, _, stats, *_ = found
-        return scores(request, values, lengths, logps, stats)
+        return scores(request, passes.forward(head, tokens, request, plan).combined)
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -92,67 +122,41 @@ class LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         tokens: Tokens,
-        scaling: Scaling,
-        symbols: Tensor | None,
         request: Request,
         plan: Plan,
+        passes: HeadPasses,
     ) -> tuple[Tensor | None, ...]:
         head = Weights(hidden, weight, bias)
-        found = _forward(head, tokens, scaling, symbols, request, plan)
-        values, lengths, logps, softmax, stats, weights, kept, unit_grad = found
-        ctx.shift, ctx.scaling, ctx.request, ctx.plan = tokens.shift, scaling, request, plan
+        combined, weights, kept, unit_grad = passes.forward(head, tokens, request, plan)
         if plan.makes_grad:  # all that the backward pass reads: not hidden, nor the head
             ctx.dtype = hidden.dtype
             needed: tuple[Tensor | None, ...] = (unit_grad,)
         else:
-            needed = (hidden, weight, bias, tokens.labels, softmax, kept, symbols)
-        ctx.save_for_backward(tokens.cu_seqlens, weights, lengths, *needed)
-        results = scores(request, values, lengths, logps, stats)
-        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
-        return results
+            needed = (*head, tokens.labels, combined.softmax, kept, request.symbols)
+        ctx.save_for_backward(tokens.cu_seqlens, weights, combined.lengths, *needed)
+        ctx.shift, ctx.request, ctx.plan, ctx.passes = tokens.shift, request, plan, passes
+        return marked(ctx, scores(request, combined))
 
     @staticmethod
     def backward(
         ctx: Any, grad_result: Tensor, *unused: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         cu_seqlens, weights, lengths, *needed = ctx.saved_tensors
-        plan = ctx.plan
-        with torch.no_grad():
-            grad_logps = spread(grad_result, ctx.request.reduction, lengths, cu_seqlens, weights)
+        request, plan, passes = ctx.request, ctx.plan, ctx.passes
+        with passes.summed(plan.needs[0]) as sum_, torch.no_grad():
+            upstream = spread(grad_result, request.reduction, lengths, cu_seqlens, weights)
             if plan.makes_grad:
-                grad = frozen_backward(grad_logps, needed[0], weights, ctx.shift, ctx.dtype)
-                grads = (grad, None, None)
+                (unit_grad,) = needed
+                grad = frozen_backward(upstream, unit_grad, weights, ctx.shift, ctx.dtype, sum_)
+                grads: tuple[Tensor | None, ...] = (grad, None, None)
             else:
                 hidden, weight, bias, labels, softmax, kept, symbols = needed
-                grads = linear_logprob_grad(
-                    grad_logps,
-                    *(hidden, weight, bias),
-                    *(labels, weights, ctx.shift, softmax, kept),
-                    *_ops.constants(ctx.scaling, symbols),
-                    symbols,
-                    *plan,
-                )
+                saved = Saved(labels, weights, ctx.shift, softmax, kept)
+                head = Weights(hidden, weight, bias)
+                request = request if symbols is None else request._replace(symbols=symbols)
+                grads = passes.backward(upstream, head, saved, request, plan, sum_)
         of_hidden, of_weight, of_bias = (
             differentiated_once(grad) if need else None
             for grad, need in zip(grads, plan.needs, strict=True)
         )
-        return of_hidden, of_weight, of_bias, None, None, None, None, None
-
-
-def _forward(
-    head: Weights,
-    tokens: Tokens,
-    scaling: Scaling,
-    symbols: Tensor | None,
-    request: Request,
-    plan: Plan,
-) -> Any:
-    return linear_logprob(
-        *head,
-        *tokens,
-        *_ops.constants(scaling, symbols),
-        symbols,
-        request.reduction,
-        request.stats,
-        *plan,
-    )
+        return of_hidden, of_weight, of_bias, None, None, None, None

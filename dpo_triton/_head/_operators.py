@@ -2,14 +2,15 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._backends import resolve_backend
-from .._ops import SCALING, TOKENS, Operator, scaling_of
-from .._records import Columns, Combined, Scored, Tokens, sum_dtype
+from .._ops import SCALING, TOKENS, Numbers, Operator, scaling_of
+from .._records import Columns, Combined, Stats, Tokens, sum_dtype
 from ._tiles import Plan, Weights
 from .backward import Saved, head_backward
 from .forward import head_forward
@@ -18,29 +19,39 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _PLAN = "ScalarType dtype, SymInt tile_bytes, bool[] needs, str backend"
 
 
-def _resolved(hidden: Tensor, plan: Sequence[Any]) -> Plan:
-    asked = Plan(*plan)
-    return asked._replace(backend=resolve_backend(asked.backend, hidden.device, asked.dtype).name)
+class Asked(NamedTuple):
+    """What of a request an operator is told beside the plan."""
+
+    reduction: str
+    stats: Stats
 
 
-def _linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
-) -> tuple[Tensor, ...]:
+FORWARD = (Weights, Tokens, Numbers, Asked, Plan)
+BACKWARD = (Weights, Saved, Numbers, Plan)
+
+
+def _records(inputs: Sequence[Any], kinds: Sequence[Any]) -> list[Any]:
+    """Flat arguments as the records whose fields they are, in their order."""
+    rest = iter(inputs)
+    return [kind(*islice(rest, len(kind._fields))) for kind in kinds]
+
+
+def _resolved(plan: Plan, device: torch.device) -> Plan:
+    return plan._replace(backend=resolve_backend(plan.backend, device, plan.dtype).name)
+
+
+def _linear_logprob(*inputs: Any) -> tuple[Tensor, ...]:
     """A Combined, and weights (B, T); logits that the backward pass need not make again, flat; and
     d logp / d hidden, (N, H), if the plan makes it, else empty."""
-    tokens, scaling = Tokens(*inputs[:5]), scaling_of(*inputs[5:9])
-    reduction, stats, *plan = inputs[9:]
-    columns = Columns.all_of(weight.shape[0])
-    inputs = (Weights(hidden, weight, bias), tokens, columns, scaling, reduction, tuple(stats))
-    done = head_forward(*inputs, _resolved(hidden, plan))
-    return *done.combined, *done[1:]
+    head, tokens, numbers, (reduction, stats), plan = _records(inputs, FORWARD)
+    columns, plan = Columns.all_of(head.weight.shape[0]), _resolved(plan, head.hidden.device)
+    done = head_forward(head, tokens, columns, scaling_of(*numbers), reduction, stats, plan)
+    return *done.combined, done.weights, done.kept, done.unit_grad
 
 
-def _fake_linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
-) -> tuple[Tensor, ...]:
-    tokens, (reduction, stats, *rest) = Tokens(*inputs[:5]), inputs[9:]
-    plan, num_tokens = _resolved(hidden, rest), tokens.labels.numel()
+def _fake_linear_logprob(*inputs: Any) -> tuple[Tensor, ...]:
+    (hidden, weight, _), tokens, _, (reduction, stats), plan = _records(inputs, FORWARD)
+    plan, num_tokens = _resolved(plan, hidden.device), tokens.labels.numel()
     weights = tokens.labels.new_empty(tokens.labels.shape, dtype=sum_dtype(plan.dtype))
     return (
         *Combined.empty(weights, tokens.num_sequences(reduction), len(stats)),
@@ -50,29 +61,20 @@ def _fake_linear_logprob(
     )
 
 
-def _linear_logprob_grad(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_logprob_grad(grad_logps: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each empty if `needs` does not ask for it.
 
     grad_logps is (B, T), of any strides, and not read where a token is not scored.
     """
-    labels, weights, shift, softmax, kept = inputs[:5]
-    return head_backward(
-        grad_logps,
-        Weights(hidden, weight, bias),
-        Saved(Scored(labels, weights, shift), softmax, kept),
-        Columns.all_of(weight.shape[0]),
-        scaling_of(*inputs[5:9]),
-        _resolved(hidden, inputs[9:]),
-    )
+    head, saved, numbers, plan = _records(inputs, BACKWARD)
+    columns, plan = Columns.all_of(head.weight.shape[0]), _resolved(plan, head.hidden.device)
+    return head_backward(grad_logps, head, saved, columns, scaling_of(*numbers), plan)
 
 
-def _fake_linear_logprob_grad(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs_hidden, needs_weight, needs_bias = Plan(*inputs[9:]).needs
-    bias_dtype = inputs[1].dtype if bias is None else bias.dtype
+def _fake_linear_logprob_grad(grad_logps: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (hidden, weight, bias), saved, _, plan = _records(inputs, BACKWARD)
+    needs_hidden, needs_weight, needs_bias = plan.needs
+    bias_dtype = saved.weights.dtype if bias is None else bias.dtype
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
         torch.empty_like(weight) if needs_weight else weight.new_empty(0),
@@ -94,28 +96,21 @@ linear_logprob_grad = Operator(
 )
 
 
-def _product_flops(hidden_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
+def _product_flops(head: Weights) -> int:
     """Of one product of all rows: how many are scored, shapes do not say."""
-    rows = 1
-    for size in hidden_shape[:-1]:
-        rows *= size
-    return 2 * rows * weight_shape[0] * weight_shape[1]
+    return 2 * head.hidden.shape.numel() * head.weight.shape[0]
 
 
 # What the model needs, not what is made again, as model FLOPs are counted.
-def _forward_flops(
-    hidden_shape: Sequence[int], weight_shape: Sequence[int], *inputs: Any, **kwargs: Any
-) -> int:
-    makes_grad = Plan(*inputs[-4:]).makes_grad
-    return _product_flops(hidden_shape, weight_shape) * (2 if makes_grad else 1)
+def _forward_flops(*inputs: Any, **kwargs: Any) -> int:
+    head, *_, plan = _records(inputs, FORWARD)
+    return _product_flops(head) * (2 if plan.makes_grad else 1)
 
 
-def _backward_flops(
-    grad_shape: Sequence[int], hidden_shape: Sequence[int], weight_shape: Sequence[int],
-    *inputs: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    needs_hidden, needs_weight, _ = Plan(*inputs[-4:]).needs
-    return _product_flops(hidden_shape, weight_shape) * (needs_hidden + needs_weight)
+def _backward_flops(grad_logps: Tensor, *inputs: Any, **kwargs: Any) -> int:
+    head, *_, plan = _records(inputs, BACKWARD)
+    needs_hidden, needs_weight, _ = plan.needs
+    return _product_flops(head) * int(needs_hidden + needs_weight)
 
 
 @functools.cache
@@ -130,15 +125,7 @@ def count_flops() -> None:
         (linear_logprob_grad, _backward_flops),
     ):
         packet = operator.overload.overloadpacket
-        counted = register_flop_formula(packet, get_raw=True)(_of_shapes(formula))
+        counted = register_flop_formula(packet, get_raw=True)(formula)
         for mode in _get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
             getattr(counter, "flop_registry", {})[packet] = counted
-
-
-def _of_shapes(formula: Any) -> Any:
-    def counted(*inputs: Any, **kwargs: Any) -> int:
-        shapes = [x.shape if isinstance(x, Tensor) else x for x in inputs]
-        return int(formula(*shapes))
-
-    return counted

@@ -8,13 +8,18 @@ from torch import Tensor
 
 from .._backends import backend_named
 from .._records import Columns, Scaling, Scored
-from ._tiles import Plan, Rows, Tile, Tiles, Weights, add_product, columns_of, fill_, scored_rows
+from ._tiles import Plan, Tiles, Weights, add_product, columns_of, fill_, scored_rows
+
+# Adds what other ranks say of a gradient to it, in place; None where there are no others.
+Sum = Callable[[Tensor], None] | None
 
 
 class Saved(NamedTuple):
     """What the forward pass leaves to the backward pass of a head that trains."""
 
-    scored: Scored
+    labels: Tensor  # (B, T)
+    weights: Tensor  # (B, T): 0 where a token is not scored
+    shift: bool
     softmax: Tensor  # (4, N)
     kept: Tensor  # logits, flat
 
@@ -34,12 +39,12 @@ def head_backward(
     columns: Columns,
     scaling: Scaling,
     plan: Plan,
-    sum_: Callable[[Tensor], None] | None = None,
+    sum_: Sum = None,
 ) -> HeadGrads:
     """Some columns' backward pass: `sum_` adds to the gradient of the scored hidden states (M, H),
     in place, what the other columns say of it, before it is rounded."""
     needs_hidden, needs_weight, needs_bias = plan.needs
-    (labels, weights, shift), softmax, kept = saved
+    labels, weights, shift, softmax, kept = saved
     hidden, weight, bias = head
     sums = weights.dtype
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
@@ -47,8 +52,9 @@ def head_backward(
     grad_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=sums)
 
     rows = scored_rows(hidden, labels, weights, shift, plan)
+    upstream = grad_logps.reshape(-1)[rows.tokens][None]
+    softmax, grad = softmax.index_select(1, rows.tokens), backend_named(plan.backend).grad
     tiles = Tiles(rows.number, columns.width, plan, kept)
-    grad_rows = _TileGrads(grad_logps, rows, softmax, scaling, plan)
     hidden_sum = rows.hidden.new_empty(rows.hidden.shape if needs_hidden else 0, dtype=sums)
     # Several blocks of rows are summed in float32, a single one is rounded once by its product.
     is_once = len(tiles.blocks) == 1 and weight.dtype == plan.dtype
@@ -58,15 +64,18 @@ def head_backward(
     for tile in tiles:
         if not tile.is_kept:
             fill_(tile, rows.hidden, head)
-        d = grad_rows.of(tile, columns_of(tile, columns), tiles.room_like(tile))
+        here, (out, d) = tile.rows, tiles.room_like(tile)  # (1, R, C) and the same as (R, C)
+        scored = Scored(rows.labels[:, here], rows.weights[:, here], False)
+        of_rows = (upstream[:, here], tile.logits, scored, softmax[:, here])
+        grad(*of_rows, columns_of(tile, columns), scaling, out)
         if needs_hidden:
             of_columns = weight[tile.columns].to(plan.dtype)
-            add_product(hidden_sum[tile.rows], d, of_columns, tile.columns.start == 0)
+            add_product(hidden_sum[here], d, of_columns, tile.columns.start == 0)
         if needs_weight:
             place = grad_weight[tile.columns]
             total = place if is_direct else weight_sum[: len(place)]
-            add_product(total, d.t(), rows.hidden[tile.rows], tile.rows.start == 0)
-            if not is_direct and tile.rows.stop == rows.number:
+            add_product(total, d.t(), rows.hidden[here], here.start == 0)
+            if not is_direct and here.stop == rows.number:
                 place.copy_(total)
         if needs_bias:
             grad_bias[tile.columns] += d.sum(0, dtype=sums)
@@ -80,44 +89,17 @@ def head_backward(
     return HeadGrads(grad_hidden, grad_weight, grad_bias if bias is None else grad_bias.to(bias))
 
 
-class _TileGrads:
-    """The gradient of the logits of a tile."""
-
-    def __init__(
-        self, grad_logps: Tensor, rows: Rows, softmax: Tensor, scaling: Scaling, plan: Plan
-    ) -> None:
-        self.rows, self.scaling = rows, scaling
-        self.upstream = grad_logps.reshape(-1)[rows.tokens][None]
-        self.softmax = softmax.index_select(1, rows.tokens)
-        self.grad = backend_named(plan.backend).grad
-
-    def of(self, tile: Tile, columns: Columns, room: tuple[Tensor, Tensor]) -> Tensor:
-        """(R, C), in room, which is (1, R, C) and the same as (R, C)."""
-        out, matrix = room
-        labels, weights = self.rows.labels[:, tile.rows], self.rows.weights[:, tile.rows]
-        self.grad(
-            self.upstream[:, tile.rows],
-            tile.logits,
-            Scored(labels, weights, False),
-            self.softmax[:, tile.rows],
-            columns,
-            self.scaling,
-            out,
-        )
-        return matrix
-
-
 def frozen_backward(
     grad_logps: Tensor,
     unit_grad: Tensor,
     weights: Tensor,
     shift: bool,
     dtype: torch.dtype,
-    sum_: Callable[[Tensor], None] | None = None,
+    sum_: Sum = None,
 ) -> Tensor:
     """The gradient of hidden, (B, T, H) of dtype: what the forward pass made, (N, H), times the
     factors that it did not know."""
-    coefficient = (grad_logps * weights).masked_fill(weights == 0, 0.0).flatten()
+    coefficient = (grad_logps * weights).masked_fill(weights == 0, 0.0).reshape(-1)
     # The first token is never scored by a shift: it leaves its 0 to the last hidden state.
     coefficient = coefficient.roll(-int(shift))[:, None]
     if sum_ is None:

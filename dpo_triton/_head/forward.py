@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._backends import backend_named
-from .._records import Columns, Combined, Partials, Scaling, Tokens, sum_dtype
+from .._records import Columns, Combined, Partials, Scaling, Stats, Tokens, sum_dtype
 from .._weights import token_weights
 from ._tiles import Plan, Tiles, Weights, columns_of, fill_, rows_of, scored_rows
 from .hidden_grad import HiddenGrad
@@ -26,7 +26,7 @@ def head_forward(
     columns: Columns,
     scaling: Scaling,
     reduction: str,
-    stats: tuple[str, ...],
+    stats: Stats,
     plan: Plan,
     gather: Callable[[Partials], Partials] | None = None,
 ) -> Forward:
@@ -59,13 +59,7 @@ def head_forward(
             sums.add(tile, here, head.weight)
     if gather is not None:
         partials = gather(partials)
-    every = Partials(
-        weights.new_empty((*partials.sums.shape[:2], num_tokens)),
-        weights.new_empty(num_tokens),
-        weights,
-    )
-    every.sums.index_copy_(2, rows.tokens, partials.sums)
-    every.target.index_copy_(0, rows.tokens, partials.target)
+    every = partials.among(rows.tokens, weights)
     combined = Combined.empty(weights, tokens.num_sequences(reduction), len(stats))
     vocab_size = columns.vocab_size
     stages.combine(every, tokens.cu_seqlens, reduction, vocab_size, scaling, stats, combined)

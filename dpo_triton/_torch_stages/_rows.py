@@ -19,11 +19,8 @@ Places = slice | Tensor  # of R rows: neighbours are a slice, which needs no cop
 
 
 def exponent_scale(scaling: Scaling, dtype: torch.dtype) -> float:
-    """The scaling's, as a number of dtype: all three stages must use the same.
-
-    One that is too large for products with it is as good as any: it leaves the largest logit alone.
-    """
-    scale = min(scaling.exponent_scale, 2.0**120)
+    """The scaling's, as a number of dtype: all three stages must use the same."""
+    scale = scaling.exponent_scale
     return scale if dtype == torch.float64 else float(np.float32(scale))
 
 

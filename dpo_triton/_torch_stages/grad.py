@@ -17,11 +17,8 @@ def grad(
     scaling: Scaling,
     out: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of logits, (B, T, W), in `out` if given, which may be logits itself.
-
-    They are the W columns from `columns.first` on of the vocabulary. grad_logps is (B, T); it is
-    not read where a token is not scored.
-    """
+    """Return the gradient of logits, (B, T, W), in `out` if given, which may be logits itself;
+    grad_logps is not read where a token is not scored."""
     labels, weights, shift = scored
     softcap, dtype = scaling.softcap, weights.dtype
     scale = exponent_scale(scaling, dtype)
@@ -33,7 +30,7 @@ def grad(
     is_large = (own_scale != scale)[:, 0]
     y = own_columns(labels.flatten().index_select(0, tokens), columns.first, logits.shape[-1])
     if out is None:
-        out = _zeros(logits)
+        out = zeros_like(logits)
     else:
         is_scored = torch.zeros(weights.numel(), dtype=torch.bool, device=weights.device)
         is_scored[rows] = True
@@ -61,7 +58,7 @@ def grad(
     return out
 
 
-def _zeros(logits: Tensor) -> Tensor:
+def zeros_like(logits: Tensor) -> Tensor:
     """Contiguous zeros like logits, on a CPU straight from the operating system by NumPy's calloc.
 
     Pages of rows that are not scored are then never touched, and large gradients ask for huge

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._records import Columns, Partials, Scaling, Tokens, sum_dtype
+from .._records import Columns, Partials, Scaling, Stats, Tokens, sum_dtype
 from .._weights import token_weights
 from ._rows import Workspace, exponent_scale, own_columns
 
@@ -17,25 +17,20 @@ def num_splits(num_columns: int) -> int:
 
 
 def partials(
-    logits: Tensor,
-    tokens: Tokens,
-    columns: Columns,
-    scaling: Scaling,
-    stats: Sequence[str],
-    out: Partials,
+    logits: Tensor, tokens: Tokens, columns: Columns, scaling: Scaling, stats: Stats, out: Partials
 ) -> None:
     """Write the partials, K = 1, of float32, or float64 like the logits."""
     logits = logits[..., : columns.width]
-    labels, first_column = tokens.labels, columns.first
     dtype = sum_dtype(logits.dtype)
     weights = out.weights.copy_(token_weights(tokens, dtype))
     scored = weights.flatten().nonzero().squeeze(1)
-    y = own_columns(labels.flatten().index_select(0, scored), first_column, logits.shape[-1])
+    labels = tokens.labels.flatten().index_select(0, scored)
+    y = own_columns(labels, columns.first, columns.width)
 
     scale = exponent_scale(scaling, dtype)
     workspace = Workspace(logits, scored - int(tokens.shift), dtype)
     channels = torch.empty((2 + len(stats), len(scored), 1), dtype=dtype, device=logits.device)
-    column = y.clamp(0, logits.shape[-1] - 1)
+    column = y.clamp(0, columns.width - 1)
     target = torch.empty_like(channels[0])
     for here, g, places in workspace.blocks():
         u = workspace.load(g, places, scaling)
@@ -44,7 +39,7 @@ def partials(
         _fold(workspace, u, y[here], scale, columns.vocab_size, sums, stats)
     if "top1" in stats:  # of columns that all come after the target, an equal one does not win
         rival = channels[2 + list(stats).index("top1")]
-        is_later = labels.flatten().index_select(0, scored)[:, None] < columns.first
+        is_later = labels[:, None] < columns.first
         rival.copy_(torch.where(is_later, rival.nextafter(rival.new_tensor(-math.inf)), rival))
 
     out.sums.index_copy_(2, scored, channels.transpose(1, 2))
@@ -59,7 +54,7 @@ def _fold(
     scale: float,
     vocab_size: int,
     out: Sequence[Tensor],  # (R, 1) each: peak, total, and what each stat asks for
-    stats: Sequence[str],
+    stats: Stats,
 ) -> None:
     """Peak, total = sum of 2 ** (scale * (u - peak)) over j != y, and what the stats ask for."""
     peak, total, *rest = out

@@ -18,10 +18,7 @@ __all__ = ["enable", "fused", "get_batch_logps"]
 
 
 def get_batch_logps(
-    logits: Tensor,
-    labels: Tensor,
-    label_pad_token_id: int = -100,
-    ld_alpha: float | None = None,
+    logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, ld_alpha: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of each sequence's log-probabilities, in nats, and its number of scored tokens.
 

@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from ..linear import fused_linear_token_logprob
-from ..seq_logprob import (
-    DistributionStat,
-    Reduction,
-    fused_seq_logprob,
-    fused_token_logprob,
-)
+from ..seq_logprob import DistributionStat, Reduction, fused_seq_logprob, fused_token_logprob
 from ._patching import Integration, Replacement
 
 __all__ = ["chunked_log_probs", "enable", "fused", "get_batch_logps", "selective_log_softmax"]
@@ -121,10 +116,7 @@ class _OnlyLogged(torch.autograd.Function):
 
 
 def get_batch_logps(
-    logits: Tensor,
-    labels: Tensor,
-    average_log_prob: bool = False,
-    is_encoder_decoder: bool = False,
+    logits: Tensor, labels: Tensor, average_log_prob: bool = False, is_encoder_decoder: bool = False
 ) -> Tensor:
     """Sum, or mean over its scored tokens, of each sequence's log-probabilities, in nats.
 

@@ -7,26 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ._answers import (
-    aot_loss,
-    aot_unpaired_loss,
-    apo_down_loss,
-    apo_zero_loss,
-    bco_pair_loss,
-    kto_loss,
-    nca_pair_loss,
-    sppo_hard_loss,
-)
-from ._margin import (
-    discopop_loss,
-    exo_pair_loss,
-    hinge_loss,
-    ipo_loss,
-    robust_loss,
-    sigmoid_loss,
-    sigmoid_norm_loss,
-)
-from ._reference_free import cpo_loss, orpo_loss, sft_loss, simpo_loss
+from . import _answers, _margin, _reference_free
 from ._terms import FDivergence, PreferenceLoss, at_least_one_token, check_number
 
 if TYPE_CHECKING:
@@ -51,38 +32,33 @@ class Loss(NamedTuple):
     options: tuple[str, ...]  # names of the keyword arguments
 
 
-def _entry(
-    function: Callable[..., PreferenceLoss],
-    takes: Takes,
-    needs_reference: bool,
-    *,
-    sorts: bool = False,
-) -> Loss:
-    parameters = inspect.signature(function).parameters.values()
-    options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-    return Loss(function, takes, needs_reference, sorts, options)
+def _entry(function: Callable[..., PreferenceLoss], takes: Takes, *, sorts: bool = False) -> Loss:
+    """What the function's own signature says needs no saying again."""
+    parameters = inspect.signature(function).parameters
+    options = tuple(name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY)
+    return Loss(function, takes, "ref_chosen_logps" in parameters, sorts, options)
 
 
 LOSSES: dict[str, Loss] = {
-    "sigmoid": _entry(sigmoid_loss, "sum", True),
-    "sigmoid_norm": _entry(sigmoid_norm_loss, "mean", True),
-    "hinge": _entry(hinge_loss, "sum", True),
-    "ipo": _entry(ipo_loss, "mean", True),
-    "exo_pair": _entry(exo_pair_loss, "sum", True),
-    "nca_pair": _entry(nca_pair_loss, "sum", True),
-    "robust": _entry(robust_loss, "sum", True),
-    "bco_pair": _entry(bco_pair_loss, "sum", True),
-    "sppo_hard": _entry(sppo_hard_loss, "sum", True),
-    "aot": _entry(aot_loss, "sum", True, sorts=True),
-    "aot_unpaired": _entry(aot_unpaired_loss, "sum", True, sorts=True),
-    "apo_zero": _entry(apo_zero_loss, "sum", True),
-    "apo_down": _entry(apo_down_loss, "sum", True),
-    "discopop": _entry(discopop_loss, "sum", True),
-    "sft": _entry(sft_loss, "tokens", False),
-    "simpo": _entry(simpo_loss, "mean", False),
-    "cpo": _entry(cpo_loss, "sum", False),
-    "orpo": _entry(orpo_loss, "mean", False),
-    "kto": _entry(kto_loss, "sum", True),
+    "sigmoid": _entry(_margin.sigmoid_loss, "sum"),
+    "sigmoid_norm": _entry(_margin.sigmoid_norm_loss, "mean"),
+    "hinge": _entry(_margin.hinge_loss, "sum"),
+    "ipo": _entry(_margin.ipo_loss, "mean"),
+    "exo_pair": _entry(_margin.exo_pair_loss, "sum"),
+    "nca_pair": _entry(_answers.nca_pair_loss, "sum"),
+    "robust": _entry(_margin.robust_loss, "sum"),
+    "bco_pair": _entry(_answers.bco_pair_loss, "sum"),
+    "sppo_hard": _entry(_answers.sppo_hard_loss, "sum"),
+    "aot": _entry(_answers.aot_loss, "sum", sorts=True),
+    "aot_unpaired": _entry(_answers.aot_unpaired_loss, "sum", sorts=True),
+    "apo_zero": _entry(_answers.apo_zero_loss, "sum"),
+    "apo_down": _entry(_answers.apo_down_loss, "sum"),
+    "discopop": _entry(_margin.discopop_loss, "sum"),
+    "sft": _entry(_reference_free.sft_loss, "tokens"),
+    "simpo": _entry(_reference_free.simpo_loss, "mean"),
+    "cpo": _entry(_reference_free.cpo_loss, "sum"),
+    "orpo": _entry(_reference_free.orpo_loss, "mean"),
+    "kto": _entry(_answers.kto_loss, "sum"),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .._head.backward import Sum
 from .._records import Columns, Combined, Partials, Tokens, VocabShard
 from .._weights import token_weights
 from ._exchange import Exchange
@@ -112,11 +113,7 @@ class Peers:
         sums, target, weights = partials
         scored = weights.flatten().nonzero().squeeze(1)
         of_scored = Partials(sums.index_select(2, scored), target.index_select(0, scored), weights)
-        every, targets, _ = self.gather_partials(of_scored)
-        room = every.new_empty((*every.shape[:2], target.numel()))
-        return Partials(
-            room.index_copy_(2, scored, every), target.index_copy_(0, scored, targets), weights
-        )
+        return self.gather_partials(of_scored).among(scored, weights)
 
     def sum_sequences(
         self, combined: Combined, weights: Tensor, cu_seqlens: Tensor | None, reduction: str
@@ -145,7 +142,7 @@ class Peers:
         return combined._replace(**whole)
 
     @contextmanager
-    def backward(self, needs_hidden: bool) -> Iterator[Callable[[Tensor], None] | None]:
+    def backward(self, needs_hidden: bool) -> Iterator[Sum]:
         """What adds up the ranks' gradients of hidden, if anything does."""
         if torch.is_grad_enabled():
             raise RuntimeError(

@@ -18,14 +18,7 @@ from ..model import seq_logprob_from_model
 from ._fingerprints import origin
 from ._journal import drop_journal, open_journal
 from ._records import RECORD, VALUES, Records, find, rows_to_score, seals
-from ._ref_file import (
-    FORMAT,
-    RefLogps,
-    import_safetensors,
-    read_file,
-    ref_logps_of,
-    write_file,
-)
+from ._ref_file import FORMAT, RefLogps, import_safetensors, read_file, ref_logps_of, write_file
 from ._rows import MASKS, NAMES, Hashes, PreferenceRow, checked_hashes, row_hash
 
 

@@ -67,11 +67,7 @@ def check_origin(found: Mapping[str, str], expected: Mapping[str, str], path: Pa
 
 
 def write_file(
-    safetensors: Any,
-    path: Path,
-    records: Records,
-    header: Mapping[str, str],
-    dtype: torch.dtype,
+    safetensors: Any, path: Path, records: Records, header: Mapping[str, str], dtype: torch.dtype
 ) -> None:
     """Write the file under a name of its own, and only then under its path."""
     tensors = {
