@@ -20,7 +20,7 @@ from benchmarks.common.cases import Case, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
 from benchmarks.common.peers import OURS, Peer, Place
-from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
 from benchmarks.head.cases import Shape, check_batch, make_batch, rows_of
 from benchmarks.head.peers import FORMULA, candidates
@@ -51,7 +51,7 @@ HEADLINE = "SmolLM2-135M"
 SHARES = [0.25, SHARE, 1.0]
 BFLOAT16_SHARES = [SHARE]  # at the headline
 ROUNDS, OTHER_ROUNDS = 3, 1  # samples: where times are judged, and elsewhere
-MODES = [(FORWARD, TRAINED), (BACKWARD, TRAINED), (BACKWARD, FROZEN)]
+MODES = [(FORWARD, TRAINED), (BOTH, TRAINED), (BOTH, FROZEN)]
 QUICK_SEQ_LEN = 16
 MODELLED = (896, 151936)  # H and V of Qwen2.5-0.5B: what today's vocabularies come to
 
@@ -101,11 +101,11 @@ def make_cases(
         group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
         for scored in map(batch.scoring, shares):
             for passes, head in MODES:
-                at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BACKWARD)
+                at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BOTH)
                 is_judged = at_headline and (scored.share, head) in rows.JUDGED
                 is_quoted = is_judged and (scored.share, head) == rows.JUDGED[0]
                 is_repeated = (is_judged or device.type == "cuda") and not quick
-                place = Place(is_quoted, passes == BACKWARD, all_scored=scored.share == 1)
+                place = Place(is_quoted, passes == BOTH, all_scored=scored.share == 1)
                 yield Case(
                     group=group,
                     batch=scored,

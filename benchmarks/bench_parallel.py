@@ -21,7 +21,7 @@ from processes import run_processes
 
 from benchmarks.common import command
 from benchmarks.common.command import Run
-from benchmarks.common.report import BACKWARD, Figure, Figures, Line, draw_lines, drawing
+from benchmarks.common.report import BOTH, Figure, Figures, Line, draw_lines, drawing
 from benchmarks.parallel import ways
 from benchmarks.parallel.model import GPUS_OF_A_MACHINE, Step, cost, seconds
 
@@ -83,7 +83,7 @@ MODELLED = (
 
 
 def figure(impl: str, ranks: int, quantity: str, unit: str, value: float, how: str) -> Figure:
-    return Figure(impl, BACKWARD, str(ranks), "", quantity, unit, value, how)
+    return Figure(impl, BOTH, str(ranks), "", quantity, unit, value, how)
 
 
 def measured_rows(name: str, size: int, of_ranks: list[dict[str, float]]) -> Iterator[Figure]:

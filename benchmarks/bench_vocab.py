@@ -18,10 +18,10 @@ from benchmarks.common import command, measure, report
 from benchmarks.common.cases import measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
+from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
 from benchmarks.vocab import first_call, rows
 from benchmarks.vocab.cases import Effort, Size, check_batch, make_cases, rows_of
 from benchmarks.vocab.judged import judge
-from benchmarks.vocab.peers import LOG_SOFTMAX, candidates
 from benchmarks.vocab.sentences import sentences
 
 BATCH = 8  # sequences, over vocabulary sizes

@@ -11,7 +11,7 @@ from benchmarks import bench_dpo_step, bench_linear, bench_parallel, bench_vocab
 from benchmarks.common import command, measure, peers
 from benchmarks.common.cases import Case, measure_case
 from benchmarks.common.peers import Peer
-from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
 from benchmarks.head.cases import Shape, make_batch
 from benchmarks.head.peers import candidates
@@ -124,7 +124,7 @@ def test_goals_follow_from_the_rows():
     def row(impl, ms, **more):
         cells = dict(
             impl=impl, model="m", hidden_size=8, vocab_size=1000, batch=4, seq_len=16,
-            dtype="float32", scored_share=0.45, passes=BACKWARD, head=TRAINED, ms=ms,
+            dtype="float32", scored_share=0.45, passes=BOTH, head=TRAINED, ms=ms,
             ms_p20=ms, ms_p80=ms, samples=1, peak_mib=60.0, value_error=1e-6, value_rounding=5e-7,
             hidden_grad_error=1e-6, hidden_grad_rounding=1e-7, weight_grad_error=2e-6,
             weight_grad_rounding=1e-7, of_floor=None,

@@ -16,13 +16,13 @@ import dpo_triton
 from benchmarks import bench_vocab
 from benchmarks.common import command, goals, measure
 from benchmarks.common.command import ROOT
+from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, FORWARD
-from benchmarks.vocab import first_call, rows
+from benchmarks.common.report import BOTH, FORWARD
+from benchmarks.vocab import first_call
 from benchmarks.vocab.cases import Effort
 from benchmarks.vocab.first_call import FirstCall
 from benchmarks.vocab.judged import judge
-from benchmarks.vocab.peers import LOG_SOFTMAX, candidates
 from benchmarks.vocab.rows import SIZES, VOCABULARY, Row
 
 TINY = ["--vocab", "257", "--dtype", "float32", "--device", "cpu", "--no-plot"]
@@ -151,7 +151,7 @@ def test_goals_of_sizes_neighbours_and_first_calls():
 def row(impl, ms, **more):
     cells = dict(
         impl=impl, vocab_size=1000, batch=8, seq_len=128, dtype="bfloat16", scored_share=1.0,
-        passes=BACKWARD, ms=ms, ms_p20=ms, ms_p80=ms, samples=1, glogits_per_s=1.0,
+        passes=BOTH, ms=ms, ms_p20=ms, ms_p80=ms, samples=1, glogits_per_s=1.0,
         copy_share=0.1, peak_mib=3.0, value_error=1e-6, value_rounding=5e-7, grad_error=1e-3,
         grad_rounding=2e-3, speedup=None, part=VOCABULARY, threads=2, neighbours=0,
     )  # fmt: skip
@@ -163,12 +163,13 @@ def row(impl, ms, **more):
     [
         ("forward", 1000, 2000),
         ("forward", 500, 1000),
+        ("backward", 500, 3000),
         ("forward+backward", 1000, 6000),  # two reads and a write
         ("forward+backward", 500, 4000),  # the gradient's zeros are written too
     ],
 )
 def test_least_bytes_of_bfloat16(passes, num_scored, expected):
-    assert rows.least_bytes(1000, num_scored, 2, passes) == expected
+    assert measure.least_bytes(1000, num_scored, 2)[passes] == expected
 
 
 def test_peak_counts_what_a_call_holds(quiet_machine):  # noqa: F811
@@ -293,8 +294,8 @@ def test_a_first_call_is_that_of_a_new_process(monkeypatch, capsys):
     monkeypatch.setattr(first_call, "PROGRAM", keeps)
     found = first_call.measure("cpu", "torch")
     assert [(call.cache, call.passes, call.seconds) for call in found] == [
-        ("empty", FORWARD, 0.0), ("empty", BACKWARD, 0.5),
-        ("filled", FORWARD, 1.0), ("filled", BACKWARD, 1.5),
+        ("empty", FORWARD, 0.0), ("empty", BOTH, 0.5),
+        ("filled", FORWARD, 1.0), ("filled", BOTH, 1.5),
     ]  # fmt: skip
 
 

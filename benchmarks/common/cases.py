@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.common import accuracy, measure, report
 from benchmarks.common.command import Run
 from benchmarks.common.peers import Peer, brief
-from benchmarks.common.report import BACKWARD, FORWARD, shown
+from benchmarks.common.report import BOTH, FORWARD, shown
 from dpo_triton import reference
 
 Result = tuple[Tensor, tuple[Tensor, ...]]  # values (B,), and gradients, or none
@@ -89,7 +89,7 @@ class Batch:
 
     def call(self, peer: Peer, passes: str, trains_weight: bool = True) -> "Call":
         """An implementation: without autograd, or with the gradients of the rows and the weight."""
-        overwrites = peer.overwrites_logits and passes == BACKWARD
+        overwrites = peer.overwrites_logits and passes == BOTH
         rows = self.rows.clone() if overwrites else self.rows.detach()
         inputs = [rows] if self.weight is None else [rows, self.weight.detach()]
 
@@ -175,7 +175,7 @@ class CaseRow:
     """One implementation in one case."""
 
     impl: str = shown("implementation")
-    passes: str = shown("pass")  # FORWARD, without autograd, or BACKWARD, which is both
+    passes: str = shown("pass")  # FORWARD, without autograd, or BOTH, which is both
     dtype: str = shown("dtype")
     vocab_size: int
     batch: int

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.common.cases import HEADS, Batch
 from benchmarks.common.peers import Peer, brief
-from benchmarks.common.report import BACKWARD
+from benchmarks.common.report import BOTH
 
 CHECK_VOCAB_SIZES = (257, 5003)  # less than a tile, and more
 CHECK_MASK = ((0, 0, 1, 0, 1, 1, 0), (1,) * 7)  # holes
@@ -40,7 +40,7 @@ def complaints(
             continue
         where = f"{peer.name}, V = {batch.vocab_size}, {batch.dtype}"
         where += "" if batch.weight is None else f", {HEADS[trains_weight]} head"
-        call, other = (batch.call(p, BACKWARD, trains_weight) for p in (peer, plain))
+        call, other = (batch.call(p, BOTH, trains_weight) for p in (peer, plain))
         try:
             call.try_out(batch.truth, device)
         except Exception as error:

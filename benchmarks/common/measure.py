@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch.utils.benchmark import Timer
 
+from benchmarks.common.report import BACKWARD, BOTH, FORWARD
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PR_SET_THP_DISABLE = 41  # of Linux's prctl.h
 
@@ -215,6 +217,13 @@ def copy_gb_per_s(device: torch.device, *, numel: int, min_run_s: float) -> floa
     target = torch.ones_like(source)
     samples = times_ms(lambda: target.copy_(source), device, min_run_s=min_run_s)
     return 2 * source.nbytes / statistics.median(samples) / 1e6
+
+
+def least_bytes(num_logits: float, num_scored: float, itemsize: int) -> dict[str, float]:
+    """Bytes that have to move, by pass: each reads the scored logits once, and the gradient is
+    written whole."""
+    read, written = itemsize * num_scored, itemsize * num_logits
+    return {FORWARD: read, BACKWARD: read + written, BOTH: 2 * read + written}
 
 
 def free_bytes(device: torch.device) -> int:

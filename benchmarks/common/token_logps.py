@@ -66,8 +66,13 @@ def masked_mean(token_logps: Tensor, mask: Tensor) -> Tensor:
     return (token_logps * mask).sum(1) / mask.sum(1)
 
 
-def masked_sum(token_logps: Tensor, mask: Tensor | None) -> Tensor:
-    return (token_logps if mask is None else token_logps * mask).sum(1)
+def sliced(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, shift: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """With shift: the next tokens, by logits of all but the last."""
+    if not shift:
+        return logits, labels, mask
+    return logits[:, :-1], labels[:, 1:], None if mask is None else mask[:, 1:]
 
 
 def module(name: str) -> Any:

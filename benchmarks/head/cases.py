@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.common.cases import DEVIATION, HEADS, Batch, Call, Case
 from benchmarks.common.check import CHECK_SHAPE
-from benchmarks.common.report import BACKWARD
+from benchmarks.common.report import BOTH
 from benchmarks.head.peers import FORMULA, FORMULA_SCORED, simpo
 from benchmarks.head.rows import Row
 
@@ -54,7 +54,7 @@ def rows_of(case: Case, calls: list[Call]) -> list[Row]:
     by_name = {call.peer.name: call for call in calls}
     floor = by_name.get(FORMULA_SCORED, by_name.get(FORMULA))
     of_grads = batch.rows.nbytes + case.trains_weight * batch.weight.nbytes
-    above = of_grads / 2**20 if case.passes == BACKWARD else 0.0
+    above = of_grads / 2**20 if case.passes == BOTH else 0.0
     rows = []
     for call in calls:
         of_hidden, of_weight = (*call.grad_errors, None, None)[:2]

@@ -8,7 +8,7 @@ from benchmarks.common import goals
 from benchmarks.common.cases import HEADS, CaseRow
 from benchmarks.common.goals import Goal
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, Line, draw_lines, drawing, shown
+from benchmarks.common.report import BOTH, Line, draw_lines, drawing, shown
 from benchmarks.head.peers import FORMULA, FORMULA_SCORED, TRL
 
 TRAINED, FROZEN = HEADS[True], HEADS[False]
@@ -81,7 +81,7 @@ def judge(rows: list[Row], headline: str) -> list[Goal]:
 
 
 def _times(rows: list[Row]) -> Iterator[Goal]:
-    ms = {(row.impl, row.scored_share, row.head): row.ms for row in rows if row.passes == BACKWARD}
+    ms = {(row.impl, row.scored_share, row.head): row.ms for row in rows if row.passes == BOTH}
     for what, peer, share, head, goal in SPEEDS + TIMES:
         ours, theirs = ms.get((OURS, share, head)), ms.get((peer, share, TRAINED))
         if ours is not None and theirs is not None:
@@ -94,7 +94,7 @@ def _times(rows: list[Row]) -> Iterator[Goal]:
 
 def _memory(rows: list[Row]) -> Iterator[Goal]:
     for row in rows:
-        if row.impl == OURS and row.passes == BACKWARD and row.peak_mib is not None:
+        if row.impl == OURS and row.passes == BOTH and row.peak_mib is not None:
             share = f"{row.scored_share:.0%} scored"
             what = f"peak above inputs and gradients, {share}, {row.head} head"
             yield goals.at_most(what, PEAK_MIB, row.peak_mib, "{:.1f} MiB")
@@ -109,7 +109,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     Of the models and dtypes that were measured it shows the first.
     """
     first = rows[0]
-    case = (first.model, first.dtype, BACKWARD)
+    case = (first.model, first.dtype, BOTH)
     drawn = [row for row in rows if (row.model, row.dtype, row.passes) == case and row.peak_mib]
     impls = list(dict.fromkeys(row.impl for row in rows))
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from benchmarks.common.cases import DEVIATION, Batch, Call, Case
 from benchmarks.common.check import CHECK_SHAPE
+from benchmarks.common.logits_peers import LOG_SOFTMAX
+from benchmarks.common.measure import least_bytes
 from benchmarks.common.peers import Peer, Place
-from benchmarks.common.report import BACKWARD, FORWARD
-from benchmarks.vocab.peers import LOG_SOFTMAX
-from benchmarks.vocab.rows import Row, least_bytes
+from benchmarks.common.report import BOTH, FORWARD
+from benchmarks.vocab.rows import Row
 
 
 class Effort(NamedTuple):
@@ -74,8 +75,8 @@ def make_cases(size: Size, peers: Sequence[Peer], generator: torch.Generator) ->
         for share in size.shares:
             scored = batch.scoring(share)
             for threads, neighbours in size.settings:
-                for passes in (FORWARD, BACKWARD):
-                    place = Place(size.is_headline, passes == BACKWARD, share == 1)
+                for passes in (FORWARD, BOTH):
+                    place = Place(size.is_headline, passes == BOTH, share == 1)
                     yield Case(
                         group=str(size),
                         batch=scored,
@@ -92,7 +93,7 @@ def rows_of(case: Case, calls: list[Call], copy_gb_per_s: float, part: str) -> l
     """Return a row for each implementation that ran."""
     logits = case.batch.rows
     num_scored = int(case.batch.mask.sum()) * case.batch.vocab_size
-    traffic = least_bytes(logits.numel(), num_scored, logits.element_size(), case.passes)
+    traffic = least_bytes(logits.numel(), num_scored, logits.element_size())[case.passes]
     log_softmax = next((call for call in calls if call.peer.name == LOG_SOFTMAX), None)
     return [
         Row(

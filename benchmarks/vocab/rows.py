@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.common.cases import CaseRow
-from benchmarks.common.report import BACKWARD, FORWARD, Line, draw_lines, drawing, shown
+from benchmarks.common.report import BOTH, FORWARD, Line, draw_lines, drawing, shown
 
 VOCABULARY, SIZES = "vocabulary", "sizes"
 
@@ -38,13 +38,6 @@ class Row(CaseRow):
         return *of_batch, self.scored_share, self.passes, self.threads, self.neighbours
 
 
-def least_bytes(num_logits: int, num_scored: int, itemsize: int, passes: str) -> int:
-    """Bytes that have to move: a pass reads scored logits once, the gradient is written whole."""
-    if passes == FORWARD:
-        return itemsize * num_scored
-    return itemsize * (2 * num_scored + num_logits)
-
-
 NOTES = """\
 ms: median. neighbours: other processes that each keep a core busy. G logits/s: all logits, scored
   or not. of copy: the least traffic that the pass can have over its time, as a part of the speed at
@@ -70,7 +63,7 @@ def plot_vocabulary(path: Path, rows: Sequence[Row], machine: str) -> None:
     Of the dtypes and shares that were measured it shows the first.
     """
     dtype, share = rows[0].dtype, rows[0].scored_share
-    of = (VOCABULARY, dtype, share, BACKWARD)
+    of = (VOCABULARY, dtype, share, BOTH)
     shown = [row for row in rows if (row.part, row.dtype, row.scored_share, row.passes) == of]
     title = f"forward + backward, {dtype}, {share:.0%} of the rows scored\n{machine}"
     units = {
@@ -99,7 +92,7 @@ def plot_sizes(path: Path, rows: Sequence[Row], machine: str) -> None:
             lambda row: row.num_logits,
             lambda row: row.ms,
         )
-        for passes in (FORWARD, BACKWARD)
+        for passes in (FORWARD, BOTH)
     }
     ticks = {row.num_logits: row.shape for row in shown}
     title = f"time of a call over its size, {of[0]}, {of[1]} threads\n{machine}"
