@@ -54,7 +54,7 @@ def results(seed: int, device: torch.device) -> list[dict[str, Any]]:
     every["missing"] = Case(cases.missing_rank_case, dict(wrong_rank=0, timeout_s=1.5))
     for case in every.values():
         case.options["device"] = device
-    every["benchmark"] = Case(ways.measure, dict(batch=BENCHMARK, ways=list(ways.WAYS)))
+    every["benchmark"] = Case(ways.measure, dict(batch=BENCHMARK))
     return run_processes(cases.run, SIZE, every, seed)
 
 
