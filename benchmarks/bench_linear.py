@@ -5,7 +5,6 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +15,14 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import Case, measure_all
+from benchmarks.common.cases import Case, Shape, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
 from benchmarks.common.peers import OURS, Peer, Place
 from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
-from benchmarks.head.cases import Shape, check_batch, make_batch, rows_of
-from benchmarks.head.peers import FORMULA, candidates
-from benchmarks.head.rows import FROZEN, SHARE, TRAINED
+from benchmarks.head.peers import FORMULA, candidates, upstream_of_simpo
+from benchmarks.head.rows import FROZEN, SHARE, TRAINED, rows_of
 
 # 2048 tokens, but where V is so large that a batch of them would take minutes on two cores.
 SHAPES = {
@@ -65,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     args, device = run.args, run.device
     runnable = run.collect(candidates(args.backend))
     by_name = {peer.name: peer for peer in runnable}
-    checked = check_batches(check_batch, [torch.float32, torch.bfloat16], device)
+    dtypes = [torch.float32, torch.bfloat16]
+    checked = check_batches(dtypes, device, hidden_size=24, upstream=upstream_of_simpo)
     wrong = complaints([by_name[OURS]], by_name[FORMULA], checked, device)
     if wrong:
         return run.refuse(wrong)
@@ -96,7 +95,7 @@ def make_cases(
     """Yield a case for each shape, dtype, share and mode."""
     generator = torch.Generator(device).manual_seed(seed)
     for shape, dtype, shares in plan:
-        batch = make_batch(shape, dtype, generator)
+        batch = shape.draw(dtype, generator, upstream_of_simpo)
         sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
         group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
         for scored in map(batch.scoring, shares):
@@ -121,7 +120,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """What is measured."""
     shapes = [{**SHAPES, **GPU_SHAPES}[name] for name in args.model]
     if args.quick:
-        shapes = [dataclasses.replace(s, seq_len=min(s.seq_len, QUICK_SEQ_LEN)) for s in shapes]
+        shapes = [s._replace(seq_len=min(s.seq_len, QUICK_SEQ_LEN)) for s in shapes]
     if args.device.startswith("cuda"):
         return [(shape, torch.bfloat16, args.share) for shape in shapes]
     plan = [(shape, torch.float32, args.share) for shape in shapes]

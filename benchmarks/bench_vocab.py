@@ -6,8 +6,10 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,14 +17,57 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import measure_all
+from benchmarks.common.cases import Case, Shape, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
 from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
+from benchmarks.common.peers import Peer, Place
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.vocab import first_call, rows
-from benchmarks.vocab.cases import Effort, Size, check_batch, make_cases, rows_of
 from benchmarks.vocab.judged import judge
 from benchmarks.vocab.sentences import sentences
+
+
+class Effort(NamedTuple):
+    """How much is measured of one size."""
+
+    rounds: int  # over all implementations, each time in another order
+    min_run_s: float | None  # of an implementation in a round; None: one call, not warmed up
+    num_checked: int  # sequences that are compared with float64
+
+
+class Size(NamedTuple):
+    batch: int
+    seq_len: int
+    vocab_size: int
+    effort: Effort
+    dtypes: Sequence[str] = ("float32",)
+    shares: Sequence[float] = (1.0,)  # of the rows scored
+    # Threads of PyTorch, and other processes that each keep a core busy.
+    settings: Sequence[tuple[int, int]] = ((1, 0),)
+    is_headline: bool = False  # where the figures that are quoted come from
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.seq_len} x {self.vocab_size}"
+
+    @property
+    def num_logits(self) -> int:
+        return self.batch * self.seq_len * self.vocab_size
+
+    @property
+    def shape(self) -> Shape:
+        name = f"V = {self.vocab_size}"
+        return Shape(name, None, self.vocab_size, self.batch, self.seq_len)
+
+    @property
+    def num_cases(self) -> int:
+        return 2 * len(self.dtypes) * len(self.shares) * len(self.settings)
+
+    def within(self, num_logits: int) -> "Size":
+        """The same in shorter sequences, if there would be more logits than that."""
+        most = max(2, num_logits // (self.batch * self.vocab_size))
+        return self._replace(seq_len=min(self.seq_len, most))
+
 
 BATCH = 8  # sequences, over vocabulary sizes
 HEADLINE = 128256
@@ -56,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     ours = [peer for peer in runnable if peer.ours]
     plain = next(peer for peer in runnable if peer.name == LOG_SOFTMAX)
     dtypes = [getattr(torch, name) for name in args.dtype]
-    wrong = complaints(ours, plain, check_batches(check_batch, dtypes, device), device)
+    wrong = complaints(ours, plain, check_batches(dtypes, device), device)
     if wrong:
         return run.refuse(wrong)
 
@@ -68,7 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     for part, sizes in sizes_of(args, device).items():
         cases = (case for size in sizes for case in make_cases(size, runnable, generator))
         total = sum(size.num_cases for size in sizes)
-        found += measure_all(run, cases, total, partial(rows_of, copy_gb_per_s=copy, part=part))
+        found += measure_all(
+            run, cases, total, partial(rows.rows_of, copy_gb_per_s=copy, part=part)
+        )
     first_calls = first_call.measure(args.device, args.backend) if args.first_calls else []
     if first_calls:
         print(f"\nthe first call of a process\n{report.table(first_calls)}")
@@ -106,6 +153,29 @@ def sizes_of(args: argparse.Namespace, device: torch.device) -> dict[str, list[S
             size = size._replace(settings=[*settings, *more])
         sizes.append(size)
     return {rows.VOCABULARY: vocabulary, rows.SIZES: sizes}
+
+
+def make_cases(size: Size, peers: Sequence[Peer], generator: torch.Generator) -> Iterator[Case]:
+    """Yield a case for each dtype, share, setting and pass."""
+    effort = size.effort
+    for dtype in size.dtypes:
+        torch.compiler.reset()  # it compiles for eight shapes and no more
+        batch = size.shape.draw(getattr(torch, dtype), generator, num_checked=effort.num_checked)
+        for share in size.shares:
+            scored = batch.scoring(share)
+            for threads, neighbours in size.settings:
+                for passes in (FORWARD, BOTH):
+                    place = Place(size.is_headline, passes == BOTH, share == 1)
+                    yield Case(
+                        group=str(size),
+                        batch=scored,
+                        passes=passes,
+                        peers=[peer for peer in peers if peer.serves(place)],
+                        rounds=effort.rounds,
+                        min_run_s=effort.min_run_s,
+                        threads=threads,
+                        neighbours=neighbours,
+                    )
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

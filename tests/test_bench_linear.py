@@ -9,12 +9,11 @@ from bench_programs import quick_peaks, quiet_machine, read_csv  # noqa: F401  (
 import dpo_triton
 from benchmarks import bench_dpo_step, bench_linear, bench_parallel, bench_vocab
 from benchmarks.common import command, measure, peers
-from benchmarks.common.cases import Case, measure_case
+from benchmarks.common.cases import Case, Shape, measure_case
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
-from benchmarks.head.cases import Shape, make_batch
-from benchmarks.head.peers import candidates
+from benchmarks.head.peers import candidates, upstream_of_simpo
 from benchmarks.head.rows import FROZEN, TRAINED, Row
 
 
@@ -93,7 +92,7 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven(bench, monkeypatch,
     out, _ = capsys.readouterr()
     assert "not run: broken: RuntimeError: no memory, for the test: 9 times, at first with b" in out
 
-    batch = make_batch(bench.SHAPES["b"], torch.float32, torch.Generator())
+    batch = bench.SHAPES["b"].draw(torch.float32, torch.Generator(), upstream_of_simpo)
     ours = Peer("ours", "", lambda: refuse, ours=True)
     run = command.Run("bench_linear", bench.parse_args, ["--no-plot"])
     with pytest.raises(RuntimeError, match="no memory"):

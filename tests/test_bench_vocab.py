@@ -20,7 +20,6 @@ from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.vocab import first_call
-from benchmarks.vocab.cases import Effort
 from benchmarks.vocab.first_call import FirstCall
 from benchmarks.vocab.judged import judge
 from benchmarks.vocab.rows import SIZES, VOCABULARY, Row
@@ -32,7 +31,7 @@ TINY += ["--no-first-calls", "--sizes"]
 @pytest.fixture
 def bench(monkeypatch, quiet_machine, quick_peaks):  # noqa: F811
     """The program, with little effort."""
-    effort = Effort(2, 1e-3, 2)
+    effort = bench_vocab.Effort(2, 1e-3, 2)
     monkeypatch.setattr(bench_vocab, "EFFORTS", {"cpu": ((2**14, effort),) * 2})
     monkeypatch.setattr(bench_vocab, "SMALL_EFFORT", effort)
     monkeypatch.setattr(bench_vocab, "COPY_NUMEL", {"cpu": 2**16})

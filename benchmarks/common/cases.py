@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,12 @@ from dpo_triton import reference
 Result = tuple[Tensor, tuple[Tensor, ...]]  # values (B,), and gradients, or none
 HEADS = {True: "trained", False: "frozen"}  # whose weight has no gradient
 DEVIATION = 3.0  # of logits, which are normal
+CHUNK = 2**24  # numbers that are drawn at a time
+
+
+def increasing(values: Tensor) -> Tensor:
+    """An upstream gradient that tells sequences apart."""
+    return 1 + torch.arange(len(values), device=values.device) / 8
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,41 @@ class Batch:
                 rows.copy_(self.rows)
 
         return Call(peer, forward_backward, restore if overwrites else None)
+
+
+class Shape(NamedTuple):
+    name: str
+    hidden_size: int | None  # of what goes to a head; None: logits
+    vocab_size: int
+    batch: int  # sequences
+    seq_len: int
+
+    def draw(
+        self,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        upstream: Callable[[Tensor], Tensor] = increasing,
+        num_checked: int | None = None,
+    ) -> Batch:
+        """A batch of which all is scored; num_checked: by default all of its sequences."""
+        device, tokens = generator.device, (self.batch, self.seq_len)
+
+        def normal(*size: int, deviation: float = 1.0) -> Tensor:
+            result = torch.empty(size, dtype=dtype, device=device)
+            for some in result.split(max(1, CHUNK // result[0].numel())):  # never all in float32
+                x = torch.randn(some.shape, generator=generator, device=device)
+                some.copy_(x.mul_(deviation))
+            return result
+
+        if self.hidden_size is None:
+            rows, weight = normal(*tokens, self.vocab_size, deviation=DEVIATION), None
+        else:
+            rows, deviation = normal(*tokens, self.hidden_size), DEVIATION / self.hidden_size**0.5
+            weight = normal(self.vocab_size, self.hidden_size, deviation=deviation)
+        labels = torch.randint(self.vocab_size, tokens, generator=generator, device=device)
+        checked = self.batch if num_checked is None else min(self.batch, num_checked)
+        every = torch.ones_like(labels)
+        return Batch(self.name, rows, weight, labels, every, 1.0, upstream, checked)
 
 
 @dataclass

@@ -108,6 +108,12 @@ def simpo(values: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected) - GAMMA).mean()
 
 
+def upstream_of_simpo(values: Tensor) -> Tensor:
+    leaf = values.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(simpo(leaf), leaf)[0]
+
+
 def _on_all_rows(rows: Rows) -> Head:
     def fn(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         logps = rows(hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten() != 0)

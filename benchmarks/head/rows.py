@@ -1,11 +1,12 @@
 """What was measured of heads, as rows: their table, their goals, and their plot."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import goals
-from benchmarks.common.cases import HEADS, CaseRow
+from benchmarks.common.cases import HEADS, Call, Case, CaseRow
 from benchmarks.common.goals import Goal
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import BOTH, Line, draw_lines, drawing, shown
@@ -34,6 +35,33 @@ class Row(CaseRow):
     def case(self) -> tuple[object, ...]:
         """Rows with the same one are of the same batch, pass and head."""
         return self.model, self.dtype, self.scored_share, self.passes, self.head
+
+
+def rows_of(case: Case, calls: list[Call]) -> list[Row]:
+    """Return a row for each implementation that ran."""
+    batch = case.batch
+    assert batch.weight is not None
+    by_name = {call.peer.name: call for call in calls}
+    floor = by_name.get(FORMULA_SCORED, by_name.get(FORMULA))
+    of_grads = batch.rows.nbytes + case.trains_weight * batch.weight.nbytes
+    above = of_grads / 2**20 if case.passes == BOTH else 0.0
+    rows = []
+    for call in calls:
+        of_hidden, of_weight = (*call.grad_errors, None, None)[:2]
+        row = Row(
+            **case.common(call),
+            model=batch.name,
+            hidden_size=batch.rows.shape[-1],
+            head=HEADS[case.trains_weight],
+            hidden_grad_error=of_hidden,
+            hidden_grad_rounding=batch.roundings[1],
+            weight_grad_error=of_weight,
+            weight_grad_rounding=batch.roundings[2],
+            of_floor=None if floor is None else floor.speedup_over(call),
+        )
+        peak = None if call.peak_mib is None else call.peak_mib - above
+        rows.append(dataclasses.replace(row, peak_mib=peak))
+    return rows
 
 
 NOTES = """\

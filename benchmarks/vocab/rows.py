@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.common.cases import CaseRow
+from benchmarks.common.cases import Call, Case, CaseRow
+from benchmarks.common.logits_peers import LOG_SOFTMAX
+from benchmarks.common.measure import least_bytes
 from benchmarks.common.report import BOTH, FORWARD, Line, draw_lines, drawing, shown
 
 VOCABULARY, SIZES = "vocabulary", "sizes"
@@ -36,6 +38,28 @@ class Row(CaseRow):
         """Rows with the same one are of the same logits, pass and setting."""
         of_batch = (self.part, self.batch, self.seq_len, self.vocab_size, self.dtype)
         return *of_batch, self.scored_share, self.passes, self.threads, self.neighbours
+
+
+def rows_of(case: Case, calls: list[Call], copy_gb_per_s: float, part: str) -> list[Row]:
+    """Return a row for each implementation that ran."""
+    logits = case.batch.rows
+    num_scored = int(case.batch.mask.sum()) * case.batch.vocab_size
+    traffic = least_bytes(logits.numel(), num_scored, logits.element_size())[case.passes]
+    log_softmax = next((call for call in calls if call.peer.name == LOG_SOFTMAX), None)
+    return [
+        Row(
+            **case.common(call),
+            part=part,
+            threads=case.threads,
+            neighbours=case.neighbours,
+            glogits_per_s=logits.numel() / call.ms / 1e6,
+            copy_share=traffic / call.ms / 1e6 / copy_gb_per_s,
+            grad_error=next(iter(call.grad_errors), None),
+            grad_rounding=case.batch.roundings[1],
+            speedup=call.speedup_over(log_softmax),
+        )
+        for call in calls
+    ]
 
 
 NOTES = """\
