@@ -78,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     run.conclude(rows.NOTES)
 
     hidden_size, vocab_size = MODELLED
-    modelled = model.modelled(
-        "Qwen2.5-0.5B", hidden_size, vocab_size, SHARES, {TRAINED: False, FROZEN: True}
-    )
+    modelled = model.modelled("Qwen2.5-0.5B", hidden_size, vocab_size, SHARES)
     print(f"modelled for a GPU, not measured: H = {hidden_size}, V = {vocab_size}")
     print(report.table(modelled), model.NOTES, sep="\n", end="\n\n")
     heading = f"{HEADLINE}, float32, forward + backward; errors: all"

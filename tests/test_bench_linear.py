@@ -156,9 +156,7 @@ def test_goals_follow_from_the_rows():
 
 def test_modelled_counts():
     """By hand, of 16 columns a token: one tile for both, H = 2, all of 8192 tokens scored."""
-    trl, ours, trl_frozen, ours_frozen = model.modelled(
-        "m", 2, 16, [1.0], {"trained": False, "frozen": True}
-    )
+    trl, ours, trl_frozen, ours_frozen = model.modelled("m", 2, 16, [1.0])
     assert (trl.tiles, ours.tiles) == (2, 1)  # TRL's have 4096 tokens
     assert (trl.products, trl_frozen.products, ours_frozen.products) == (4, 3, 2)
     assert ours.products == 3  # the one tile is kept for the backward pass
