@@ -5,8 +5,8 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 """
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +15,11 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import Case, Shape, measure_all
+from benchmarks.common.batches import Shape
+from benchmarks.common.cases import Plan, Setting, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
-from benchmarks.common.peers import OURS, Peer, Place
+from benchmarks.common.peers import OURS
 from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
 from benchmarks.head.peers import FORMULA, candidates, upstream_of_simpo
@@ -53,8 +54,6 @@ MODES = [(FORWARD, TRAINED), (BOTH, TRAINED), (BOTH, FROZEN)]
 QUICK_SEQ_LEN = 16
 MODELLED = (896, 151936)  # H and V of Qwen2.5-0.5B: what today's vocabularies come to
 
-Plan = list[tuple[Shape, torch.dtype, list[float]]]  # a model's shape, and shares of rows scored
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
@@ -70,11 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         return run.refuse(wrong)
 
     run.announce("torch", "triton", "numba", "trl", "liger-kernel")
-    plan = [one for one in plan_of(args) if has_room(one[0], device)]
-    total = len(MODES) * sum(len(shares) for _, _, shares in plan)
-    found = measure_all(
-        run, make_cases(plan, args.quick, args.seed, runnable, device), total, rows_of
-    )
+    plans = [plan for plan in plans_of(args) if has_room(plan.shape, device)]
+    found = measure_all(plans, runnable, run, rows_of)
     run.conclude(rows.NOTES)
 
     hidden_size, vocab_size = MODELLED
@@ -87,44 +83,33 @@ def main(argv: list[str] | None = None) -> int:
     return run.write(name, found, {"": rows.plot}, {"-modelled": modelled})
 
 
-def make_cases(
-    plan: Plan, quick: bool, seed: int, peers: list[Peer], device: torch.device
-) -> Iterator[Case]:
-    """Yield a case for each shape, dtype, share and mode."""
-    generator = torch.Generator(device).manual_seed(seed)
-    for shape, dtype, shares in plan:
-        batch = shape.draw(dtype, generator, upstream_of_simpo)
-        sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
-        group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
-        for scored in map(batch.scoring, shares):
-            for passes, head in MODES:
-                at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BOTH)
-                is_judged = at_headline and (scored.share, head) in rows.JUDGED
-                is_quoted = is_judged and (scored.share, head) == rows.JUDGED[0]
-                is_repeated = (is_judged or device.type == "cuda") and not quick
-                place = Place(is_quoted, passes == BOTH, all_scored=scored.share == 1)
-                yield Case(
-                    group=group,
-                    batch=scored,
-                    passes=passes,
-                    peers=[peer for peer in peers if peer.serves(place)],
-                    rounds=ROUNDS if is_repeated else OTHER_ROUNDS,
-                    min_run_s=None,
-                    trains_weight=head == TRAINED,
-                )
-
-
-def plan_of(args: argparse.Namespace) -> Plan:
+def plans_of(args: argparse.Namespace) -> list[Plan]:
     """What is measured."""
     shapes = [{**SHAPES, **GPU_SHAPES}[name] for name in args.model]
     if args.quick:
-        shapes = [s._replace(seq_len=min(s.seq_len, QUICK_SEQ_LEN)) for s in shapes]
+        shapes = [shape._replace(seq_len=min(shape.seq_len, QUICK_SEQ_LEN)) for shape in shapes]
     if args.device.startswith("cuda"):
-        return [(shape, torch.bfloat16, args.share) for shape in shapes]
-    plan = [(shape, torch.float32, args.share) for shape in shapes]
-    bfloat16_shares = [share for share in BFLOAT16_SHARES if share in args.share]
-    plan += [(s, torch.bfloat16, bfloat16_shares) for s in shapes if s.name == HEADLINE]
-    return [(shape, dtype, shares) for shape, dtype, shares in plan if shares]
+        return [make_plan(shape, torch.bfloat16, args.share, args) for shape in shapes]
+    plans = [make_plan(shape, torch.float32, args.share, args) for shape in shapes]
+    shares = [share for share in BFLOAT16_SHARES if share in args.share]
+    headline = [shape for shape in shapes if shape.name == HEADLINE and shares]
+    return plans + [make_plan(shape, torch.bfloat16, shares, args) for shape in headline]
+
+
+def make_plan(
+    shape: Shape, dtype: torch.dtype, shares: list[float], args: argparse.Namespace
+) -> Plan:
+    settings = []
+    for share, (passes, head) in itertools.product(shares, MODES):
+        at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BOTH)
+        is_judged = at_headline and (share, head) in rows.JUDGED
+        is_quoted = is_judged and (share, head) == rows.JUDGED[0]
+        is_repeated = (is_judged or args.device.startswith("cuda")) and not args.quick
+        rounds = ROUNDS if is_repeated else OTHER_ROUNDS
+        settings.append(Setting(share, passes, rounds, None, head == TRAINED, is_quoted))
+    sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
+    group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
+    return Plan(group, shape, dtype, settings, upstream_of_simpo)
 
 
 def has_room(shape: Shape, device: torch.device) -> bool:

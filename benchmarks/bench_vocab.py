@@ -6,8 +6,9 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,11 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import Case, Shape, measure_all
+from benchmarks.common.batches import Shape
+from benchmarks.common.cases import Plan, Setting, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
 from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
-from benchmarks.common.peers import Peer, Place
 from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.vocab import first_call, rows
 from benchmarks.vocab.judged import judge
@@ -34,39 +35,6 @@ class Effort(NamedTuple):
     rounds: int  # over all implementations, each time in another order
     min_run_s: float | None  # of an implementation in a round; None: one call, not warmed up
     num_checked: int  # sequences that are compared with float64
-
-
-class Size(NamedTuple):
-    batch: int
-    seq_len: int
-    vocab_size: int
-    effort: Effort
-    dtypes: Sequence[str] = ("float32",)
-    shares: Sequence[float] = (1.0,)  # of the rows scored
-    # Threads of PyTorch, and other processes that each keep a core busy.
-    settings: Sequence[tuple[int, int]] = ((1, 0),)
-    is_headline: bool = False  # where the figures that are quoted come from
-
-    def __str__(self) -> str:
-        return f"{self.batch} x {self.seq_len} x {self.vocab_size}"
-
-    @property
-    def num_logits(self) -> int:
-        return self.batch * self.seq_len * self.vocab_size
-
-    @property
-    def shape(self) -> Shape:
-        name = f"V = {self.vocab_size}"
-        return Shape(name, None, self.vocab_size, self.batch, self.seq_len)
-
-    @property
-    def num_cases(self) -> int:
-        return 2 * len(self.dtypes) * len(self.shares) * len(self.settings)
-
-    def within(self, num_logits: int) -> "Size":
-        """The same in shorter sequences, if there would be more logits than that."""
-        most = max(2, num_logits // (self.batch * self.vocab_size))
-        return self._replace(seq_len=min(self.seq_len, most))
 
 
 BATCH = 8  # sequences, over vocabulary sizes
@@ -108,14 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     copy_numel = min(COPY_NUMEL[device.type], measure.free_bytes(device) // 32)
     copy = measure.copy_gb_per_s(device, numel=copy_numel, min_run_s=0.5)
     run.announce("torch", "triton", "numba", copy_gb_per_s=round(copy, 2))
-    generator = torch.Generator(device).manual_seed(args.seed)
     found: list[rows.Row] = []
-    for part, sizes in sizes_of(args, device).items():
-        cases = (case for size in sizes for case in make_cases(size, runnable, generator))
-        total = sum(size.num_cases for size in sizes)
-        found += measure_all(
-            run, cases, total, partial(rows.rows_of, copy_gb_per_s=copy, part=part)
-        )
+    for part, plans in plans_of(args, device).items():
+        rows_of = partial(rows.rows_of, copy_gb_per_s=copy, part=part)
+        found += measure_all(plans, runnable, run, rows_of)
     first_calls = first_call.measure(args.device, args.backend) if args.first_calls else []
     if first_calls:
         print(f"\nthe first call of a process\n{report.table(first_calls)}")
@@ -129,53 +93,59 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def sizes_of(args: argparse.Namespace, device: torch.device) -> dict[str, list[Size]]:
+def plans_of(args: argparse.Namespace, device: torch.device) -> dict[str, list[Plan]]:
     """What is measured, by part: batches that memory has room for."""
     most = measure.free_bytes(device) // BYTES_PER_LOGIT
     threads = torch.get_num_threads()
-    settings = [(threads, 0)]
-    vocabulary = []
+    vocabulary, sizes = [], []
     for vocab_size in args.vocab:
         is_headline = vocab_size == HEADLINE
         num_logits, effort = EFFORTS[device.type][not is_headline]
         if args.quick:
             num_logits, effort = QUICK_EFFORTS[device.type]
-        seq_len = num_logits // (BATCH * vocab_size)
-        size = Size(BATCH, seq_len, vocab_size, effort, args.dtype, args.share, settings)
-        vocabulary.append(size.within(most)._replace(is_headline=is_headline))
-    sizes = []
-    for shape in args.sizes:
-        size = Size(*shape, SMALL_EFFORT, args.dtype, [1.0], settings).within(most)
-        if size.num_logits > LARGE:
-            size = size._replace(effort=LARGE_EFFORT, dtypes=args.dtype[:1])
-        elif device.type == "cpu":
-            more = [(1, 0)] * (threads > 1) + [(threads, 1)] * (shape == NEIGHBOURED)
-            size = size._replace(settings=[*settings, *more])
-        sizes.append(size)
+        shape = shape_of(BATCH, num_logits // (BATCH * vocab_size), vocab_size).within(most)
+        every = product(args.share, [(threads, 0)])
+        vocabulary += make_plans(shape, args.dtype, effort, every, is_headline)
+    for size in args.sizes:
+        shape, every = shape_of(*size).within(most), [(threads, 0)]
+        if shape.num_logits > LARGE:
+            sizes += make_plans(shape, args.dtype[:1], LARGE_EFFORT, product([1.0], every))
+            continue
+        if device.type == "cpu":
+            every += [(1, 0)] * (threads > 1) + [(threads, 1)] * (size == NEIGHBOURED)
+        sizes += make_plans(shape, args.dtype, SMALL_EFFORT, product([1.0], every))
     return {rows.VOCABULARY: vocabulary, rows.SIZES: sizes}
 
 
-def make_cases(size: Size, peers: Sequence[Peer], generator: torch.Generator) -> Iterator[Case]:
-    """Yield a case for each dtype, share, setting and pass."""
-    effort = size.effort
-    for dtype in size.dtypes:
-        torch.compiler.reset()  # it compiles for eight shapes and no more
-        batch = size.shape.draw(getattr(torch, dtype), generator, num_checked=effort.num_checked)
-        for share in size.shares:
-            scored = batch.scoring(share)
-            for threads, neighbours in size.settings:
-                for passes in (FORWARD, BOTH):
-                    place = Place(size.is_headline, passes == BOTH, share == 1)
-                    yield Case(
-                        group=str(size),
-                        batch=scored,
-                        passes=passes,
-                        peers=[peer for peer in peers if peer.serves(place)],
-                        rounds=effort.rounds,
-                        min_run_s=effort.min_run_s,
-                        threads=threads,
-                        neighbours=neighbours,
-                    )
+def shape_of(batch: int, seq_len: int, vocab_size: int) -> Shape:
+    return Shape(f"V = {vocab_size}", None, vocab_size, batch, seq_len)
+
+
+def make_plans(
+    shape: Shape,
+    dtypes: Sequence[str],
+    effort: Effort,
+    every: Iterable[tuple[float, tuple[int, int]]],
+    is_headline: bool = False,
+) -> list[Plan]:
+    """A plan for each dtype.
+
+    Args:
+        every: share of the rows scored; threads of PyTorch, and other processes that each keep a
+            core busy.
+    """
+    settings = [
+        Setting(
+            share, passes, effort.rounds, effort.min_run_s, is_headline=is_headline,
+            threads=threads, neighbours=neighbours,
+        )
+        for share, (threads, neighbours) in every
+        for passes in (FORWARD, BOTH)
+    ]  # fmt: skip
+    return [
+        Plan(str(shape), shape, getattr(torch, dtype), settings, num_checked=effort.num_checked)
+        for dtype in dtypes
+    ]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

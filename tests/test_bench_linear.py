@@ -9,7 +9,8 @@ from bench_programs import quick_peaks, quiet_machine, read_csv  # noqa: F401  (
 import dpo_triton
 from benchmarks import bench_dpo_step, bench_linear, bench_parallel, bench_vocab
 from benchmarks.common import command, measure, peers
-from benchmarks.common.cases import Case, Shape, measure_case
+from benchmarks.common.batches import Shape
+from benchmarks.common.cases import Case, Setting, measure_case
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
@@ -96,7 +97,7 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven(bench, monkeypatch,
     ours = Peer("ours", "", lambda: refuse, ours=True)
     run = command.Run("bench_linear", bench.parse_args, ["--no-plot"])
     with pytest.raises(RuntimeError, match="no memory"):
-        measure_case(Case("", batch, FORWARD, [ours], 1, None), run)
+        measure_case(Case(batch, Setting(1.0, FORWARD, 1, None)), [ours], run)
 
 
 def test_who_cannot_run_is_named():
@@ -184,16 +185,18 @@ def test_a_partial_run_does_not_replace_the_whole_one():
 
 def test_on_a_gpu_it_measures_larger_heads_in_bfloat16(monkeypatch, capsys):
     args = bench_linear.parse_args(["--device", "cuda"])
-    plan = bench_linear.plan_of(args)
-    assert [shape.name for shape, _, _ in plan] == list(bench_linear.GPU_SHAPES)
-    assert {(dtype, *shares) for _, dtype, shares in plan} == {(torch.bfloat16, 1.0)}
-    tokens = [shape.batch * shape.seq_len for shape, _, _ in plan]
+    plans = bench_linear.plans_of(args)
+    shapes = [plan.shape for plan in plans]
+    assert [shape.name for shape in shapes] == list(bench_linear.GPU_SHAPES)
+    settings = {(plan.dtype, setting.share) for plan in plans for setting in plan.settings}
+    assert settings == {(torch.bfloat16, 1.0)}
+    tokens = [shape.batch * shape.seq_len for shape in shapes]
     assert tokens == 2 * [1024, 8 * 1024, 64 * 1024]
-    assert all(shape.vocab_size == 151936 and shape.batch % 2 == 0 for shape, _, _ in plan)
+    assert all(shape.vocab_size == 151936 and shape.batch % 2 == 0 for shape in shapes)
 
     monkeypatch.setattr(measure, "free_bytes", lambda device: 24 * 2**30)
     device = torch.device("cuda")
-    fits = [shape.name for shape, _, _ in plan if bench_linear.has_room(shape, device)]
+    fits = [shape.name for shape in shapes if bench_linear.has_room(shape, device)]
     assert fits == ["H896-1k", "H896-8k", "H896-64k", "H4096-1k", "H4096-8k"]
     assert "left out: H4096-64k needs 27 GiB" in capsys.readouterr().out
 

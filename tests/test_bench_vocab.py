@@ -273,12 +273,14 @@ def test_only_what_was_measured_is_drawn(bench, tmp_path, monkeypatch):
 def test_sizes_are_within_memory(monkeypatch):
     monkeypatch.setattr(measure, "free_bytes", lambda device: 64 * 2**27)
     args = bench_vocab.parse_args(["--device", "cpu"])
-    parts = bench_vocab.sizes_of(args, torch.device("cpu"))
-    assert [size.vocab_size for size in parts[VOCABULARY]] == bench_vocab.VOCAB_SIZES
-    *others, largest = parts[SIZES]
-    assert largest.num_logits <= 2**27 < 8 * 512 * 151936
-    assert (largest.dtypes, largest.effort.min_run_s) == (["bfloat16"], None)
-    assert [size.dtypes for size in others] == [bench_vocab.DTYPES] * 5
+    parts = bench_vocab.plans_of(args, torch.device("cpu"))
+    vocab_sizes = dict.fromkeys(plan.shape.vocab_size for plan in parts[VOCABULARY])
+    assert list(vocab_sizes) == bench_vocab.VOCAB_SIZES
+    *others, largest = parts[SIZES]  # the largest with one dtype
+    assert largest.shape.num_logits <= 2**27 < 8 * 512 * 151936
+    assert largest.dtype == torch.bfloat16
+    assert {setting.min_run_s for setting in largest.settings} == {None}
+    assert [plan.dtype for plan in others] == [torch.bfloat16, torch.float32] * 5
 
 
 def test_a_first_call_is_that_of_a_new_process(monkeypatch, capsys):

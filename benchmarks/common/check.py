@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.common.cases import HEADS, Batch, Shape, increasing
+from benchmarks.common.batches import Batch, Shape, increasing
+from benchmarks.common.cases import HEADS, Call
 from benchmarks.common.peers import Peer, brief
 from benchmarks.common.report import BOTH
 
@@ -43,7 +44,7 @@ def complaints(
             continue
         where = f"{peer.name}, V = {batch.vocab_size}, {batch.dtype}"
         where += "" if batch.weight is None else f", {HEADS[trains_weight]} head"
-        call, other = (batch.call(p, BOTH, trains_weight) for p in (peer, plain))
+        call, other = (Call.of(p, batch, BOTH, trains_weight) for p in (peer, plain))
         try:
             call.try_out(batch.truth, device)
         except Exception as error:

@@ -39,12 +39,12 @@ class Row(CaseRow):
 
 def rows_of(case: Case, calls: list[Call]) -> list[Row]:
     """Return a row for each implementation that ran."""
-    batch = case.batch
+    batch, setting = case
     assert batch.weight is not None
     by_name = {call.peer.name: call for call in calls}
     floor = by_name.get(FORMULA_SCORED, by_name.get(FORMULA))
-    of_grads = batch.rows.nbytes + case.trains_weight * batch.weight.nbytes
-    above = of_grads / 2**20 if case.passes == BOTH else 0.0
+    of_grads = batch.rows.nbytes + setting.trains_weight * batch.weight.nbytes
+    above = of_grads / 2**20 if setting.passes == BOTH else 0.0
     rows = []
     for call in calls:
         of_hidden, of_weight = (*call.grad_errors, None, None)[:2]
@@ -52,7 +52,7 @@ def rows_of(case: Case, calls: list[Call]) -> list[Row]:
             **case.common(call),
             model=batch.name,
             hidden_size=batch.rows.shape[-1],
-            head=HEADS[case.trains_weight],
+            head=HEADS[setting.trains_weight],
             hidden_grad_error=of_hidden,
             hidden_grad_rounding=batch.roundings[1],
             weight_grad_error=of_weight,

@@ -43,15 +43,15 @@ class Row(CaseRow):
 def rows_of(case: Case, calls: list[Call], copy_gb_per_s: float, part: str) -> list[Row]:
     """Return a row for each implementation that ran."""
     logits = case.batch.rows
-    num_scored = int(case.batch.mask.sum()) * case.batch.vocab_size
-    traffic = least_bytes(logits.numel(), num_scored, logits.element_size())[case.passes]
+    num_scored, setting = int(case.batch.mask.sum()) * case.batch.vocab_size, case.setting
+    traffic = least_bytes(logits.numel(), num_scored, logits.element_size())[setting.passes]
     log_softmax = next((call for call in calls if call.peer.name == LOG_SOFTMAX), None)
     return [
         Row(
             **case.common(call),
             part=part,
-            threads=case.threads,
-            neighbours=case.neighbours,
+            threads=setting.threads,
+            neighbours=setting.neighbours,
             glogits_per_s=logits.numel() / call.ms / 1e6,
             copy_share=traffic / call.ms / 1e6 / copy_gb_per_s,
             grad_error=next(iter(call.grad_errors), None),
