@@ -22,10 +22,9 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command
-from benchmarks.common.logits_peers import kernels
+from benchmarks.common.logits_peers import kernels, module
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BACKWARD, FORWARD, Figures, aligned
-from benchmarks.common.token_logps import module
 from benchmarks.kernel.cases import ALL, complaint, make_inputs
 from benchmarks.kernel.counts import count
 from benchmarks.kernel.figures import modelled

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton.integrations.trl as adapter
-from benchmarks.common import token_logps
+from benchmarks.common.logits_peers import log_softmax
 from benchmarks.common.peers import OURS, Peer
 from benchmarks.dpo_step.batch import NUM_PAIRS, Batch
 from dpo_triton import fused_linear_seq_logprob, reference
@@ -113,7 +113,7 @@ def make_trainer(policy: Any, reference_model: Any, tokenizer: Any, folder: str)
 def sums_of_logits(model: Any, batch: Batch) -> Tensor:
     inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
     logits = model(batch.input_ids, **inputs).logits[:, :-1]
-    return (token_logps.log_softmax(logits, batch.input_ids[:, 1:]) * batch.scored).sum(1)
+    return (log_softmax(logits, batch.input_ids[:, 1:]) * batch.scored).sum(1)
 
 
 def sums_of_ours(model: Any, batch: Batch) -> Tensor:

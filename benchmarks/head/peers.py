@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton
-from benchmarks.common import token_logps
+from benchmarks.common.logits_peers import log_softmax, masked_mean, module
 from benchmarks.common.peers import OURS, Peer
-from benchmarks.common.token_logps import masked_mean, module
 
 BETA, GAMMA = 2.0, 0.5  # of SimPO
 
@@ -135,7 +134,7 @@ def _on_scored_rows(rows: Rows) -> Head:
 
 
 def _formula(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-    return token_logps.log_softmax(hidden @ weight.T, labels)
+    return log_softmax(hidden @ weight.T, labels)
 
 
 def _trl() -> Rows:

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common.logits_peers import sliced
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BACKWARD, FORWARD
-from benchmarks.common.token_logps import sliced
 
 PASSES = (FORWARD, BACKWARD)
 

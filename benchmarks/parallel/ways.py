@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton
-from benchmarks.common import token_logps
+from benchmarks.common.logits_peers import log_softmax, masked_mean
 from benchmarks.common.peers import OURS
-from benchmarks.common.token_logps import masked_mean
 from dpo_triton import VocabShard
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, VocabShard], Tensor]
@@ -181,7 +180,7 @@ def _ours(
 
 
 def _gathered(own: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
-    return token_logps.log_softmax(_Gathered.apply(own, shard, _vocab_size(shard)), labels)
+    return log_softmax(_Gathered.apply(own, shard, _vocab_size(shard)), labels)
 
 
 def _of_scored(logps_of: Callable[[Tensor, Tensor, VocabShard], Tensor]) -> Way:

@@ -11,10 +11,9 @@ pytest.importorskip("tqdm")
 import dpo_triton
 from benchmarks import bench_kernels
 from benchmarks.common.command import Run
-from benchmarks.common.logits_peers import LIGER, TRL_KERNEL, kernels
+from benchmarks.common.logits_peers import LIGER, TRL_KERNEL, kernels, sliced
 from benchmarks.common.peers import OURS, Peer
 from benchmarks.common.report import Figure, Figures, aligned
-from benchmarks.common.token_logps import sliced
 from benchmarks.kernel import cases, measure
 from benchmarks.kernel.tables import FLOOR, MEASURED, MEMORY, PTX, TIME
 from gpu_lab.driver import emulate
