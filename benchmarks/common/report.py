@@ -180,16 +180,16 @@ def draw_lines(
     axes: Iterable[Any],
     panels: Mapping[str, Mapping[str, Line]],
     label: str,
-    ticks: Mapping[float, str],
+    ticks: Mapping[float, str] | None = None,
     **tick_options: Any,
 ) -> None:
     """Draw lines over logarithmic axes; points at or below 0 are left out.
 
     Args:
         panels: what stands beside an axis -> name of a line -> its points.
-        ticks: numbers below, and how they are written.
+        ticks: numbers below, and how they are written; by default 1, 2, 5, 10, ...
     """
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     for axis, (unit, lines) in zip(axes, panels.items(), strict=True):
         for i, (name, points) in enumerate(lines.items()):
@@ -197,7 +197,11 @@ def draw_lines(
             marker = MARKERS[i % len(MARKERS)]
             axis.plot([x for x, _ in kept], [y for _, y in kept], marker=marker, label=name)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
-        axis.set_xticks(list(ticks), list(ticks.values()), **tick_options)
+        if ticks is None:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_xticks(list(ticks), list(ticks.values()), **tick_options)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3, which="both")
 

@@ -128,9 +128,6 @@ def _memory(rows: list[Row]) -> Iterator[Goal]:
             yield goals.at_most(what, PEAK_MIB, row.peak_mib, "{:.1f} MiB")
 
 
-TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]  # seconds
-
-
 def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     """Draw peak memory against time of forward + backward, a panel a share, a line a peer.
 
@@ -148,8 +145,6 @@ def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     shares = sorted({row.scored_share for row in drawn}) or [1.0]
     unit = "peak above inputs and gradients, MiB; {:.0%} scored"
     panels = {unit.format(share): {impl: line(impl, share) for impl in impls} for share in shares}
-    seconds = [x for lines in panels.values() for points in lines.values() for x, _ in points]
-    ticks = [t for t in TICKS if min(seconds, default=1) / 2 <= t <= 2 * max(seconds, default=1)]
     title = (
         f"{first.model}: {first.batch * first.seq_len} tokens, H = {first.hidden_size}, "
         f"V = {first.vocab_size}, {first.dtype}, forward + backward; a line ends at a frozen head "
@@ -157,4 +152,4 @@ def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     )
     options = dict(num_axes=len(shares), figsize=(14, 5.5), sharex=True, sharey=True)
     with drawing(path, title, **options) as axes:
-        draw_lines(axes, panels, "seconds", {tick: f"{tick:g}" for tick in ticks})
+        draw_lines(axes, panels, "seconds")
