@@ -20,13 +20,14 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command
+from benchmarks.common.batches import Shape
 from benchmarks.common.command import Run
 from benchmarks.common.logits_peers import kernels
 from benchmarks.common.measure import copy_gb_per_s
 from benchmarks.common.peers import Peer, forgiven
 from benchmarks.common.report import Figures, aligned, file_stem
 from benchmarks.kernel import measure, tables
-from benchmarks.kernel.cases import ALL, CASES, SHAPES, make_inputs
+from benchmarks.kernel.cases import ALL, CASES, WHOLE_CALLS, make_inputs
 from benchmarks.kernel.counting import Counting
 from benchmarks.kernel.figures import ROWS
 from gpu_lab import published
@@ -70,14 +71,14 @@ def count_on_cpu(run: Run, peers: list[Peer]) -> int:
 
     args = run.args
     run.announce(*PACKAGES, vocab_size=args.vocab, dtype=args.dtype)
-    generator = torch.Generator().manual_seed(args.seed)
-    shape = (BATCH, QUICK_SEQ_LEN if args.quick else SEQ_LEN, args.vocab)
-    logits = torch.randn(shape, generator=generator).mul_(3).to(getattr(torch, args.dtype))
-    labels = torch.randint(args.vocab, shape[:2], generator=generator)
-    batches = {case: make_inputs(logits, labels, case) for case in CASES}
+    shape = Shape("", None, args.vocab, BATCH, QUICK_SEQ_LEN if args.quick else SEQ_LEN)
+    batch = shape.draw(getattr(torch, args.dtype), torch.Generator().manual_seed(args.seed))
+    batches = {case: make_inputs(batch.rows, batch.labels, case) for case in CASES}
     devices = [d for d in DEVICES if not args.quick or d.target in (*args.target, AMD_TARGET)]
-    shapes = [SHAPES[0]._replace(seq_len=64)] if args.quick else SHAPES
-    counting = Counting(batches, args.target, devices, shapes)
+    first = WHOLE_CALLS[0]
+    quick_calls = [first._replace(shape=first.shape._replace(seq_len=64))]
+    whole_calls = quick_calls if args.quick else WHOLE_CALLS
+    counting = Counting(batches, args.target, devices, whole_calls)
     with tqdm(total=len(peers) * counting.num_steps, unit="run", leave=False) as bar:
         for peer in peers:
             with forgiven(peer, run.not_run):

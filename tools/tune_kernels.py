@@ -22,6 +22,7 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command
+from benchmarks.common.batches import Shape
 from benchmarks.common.logits_peers import kernels, module
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BACKWARD, FORWARD, Figures, aligned
@@ -169,7 +170,7 @@ def measure_ms(peer: Peer, passes: str, vocab_size: int, dtype: torch.dtype) -> 
     from benchmarks.common.measure import times_ms
     from benchmarks.kernel import measure
 
-    logits, labels = measure.random_batch(4, GPU_ROWS // 4, vocab_size, dtype)
+    logits, labels = measure.random_batch(Shape("", None, vocab_size, 4, GPU_ROWS // 4), dtype)
     fn = measure.timed(peer, make_inputs(logits, labels, ALL), passes)
     assert fn is not None
     return statistics.median(times_ms(fn, measure.DEVICE, min_run_s=0.1))

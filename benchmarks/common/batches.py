@@ -40,10 +40,7 @@ class Batch:
 
     def scoring(self, share: float) -> "Batch":
         """The same with a mask: the first part of each sequence, the prompt, is not scored."""
-        seq_len = self.labels.shape[1]
-        mask = torch.ones_like(self.labels)
-        mask[:, : seq_len - max(1, round(share * seq_len))] = 0
-        return dataclasses.replace(self, mask=mask, share=share)
+        return dataclasses.replace(self, mask=mask_of(self.labels, share), share=share)
 
     @cached_property
     def truth(self) -> tuple[Tensor, ...]:
@@ -78,6 +75,14 @@ class Batch:
         values, *grads = self.truth
         of_grads = (relative_rounding(grad, self.rows.dtype) for grad in grads)
         return rounding(values, torch.float32), *of_grads
+
+
+def mask_of(labels: Tensor, share: float) -> Tensor:
+    """(B, T) of 0 and 1: the last part of each sequence is scored, a token at the least."""
+    seq_len = labels.shape[1]
+    mask = torch.ones_like(labels)
+    mask[:, : seq_len - max(1, round(share * seq_len))] = 0
+    return mask
 
 
 def increasing(values: Tensor) -> Tensor:

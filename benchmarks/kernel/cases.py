@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common.batches import Shape, mask_of
 from benchmarks.common.logits_peers import sliced
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BACKWARD, FORWARD
@@ -24,25 +25,21 @@ ALL, ALL_SHIFT, HALF, HALF_SHIFT = (Case(s, h) for s in (1.0, 0.5) for h in (Fal
 CASES = (ALL, HALF, ALL_SHIFT, HALF_SHIFT)
 
 
-class Shape(NamedTuple):
-    """Of a whole call."""
-
-    name: str
-    batch: int
-    seq_len: int
-    vocab_size: int
-    share: float = 1.0  # of the tokens that are scored, the last of each sequence
+class WholeCall(NamedTuple):
+    shape: Shape
+    case: Case
 
     def __str__(self) -> str:
-        scored = "" if self.share == 1 else f", {self.share:.0%} scored"
-        return f"{self.name}: {self.batch} x {self.seq_len}, V = {self.vocab_size}{scored}"
+        name, _, vocab_size, batch, seq_len = self.shape
+        scored = "" if self.case == ALL else f", {self.case} scored"
+        return f"{name}: {batch} x {seq_len}, V = {vocab_size}{scored}"
 
 
-SHAPES = (
-    Shape("MiniMind's batch", 8, 1023, 6400),
-    Shape("few long sequences", 2, 8192, 151936),
-    Shape("one long sequence", 1, 16384, 128256),
-    Shape("after a prompt", 8, 1023, 6400, 0.5),
+WHOLE_CALLS = (
+    WholeCall(Shape("MiniMind's batch", None, 6400, 8, 1023), ALL),
+    WholeCall(Shape("few long sequences", None, 151936, 2, 8192), ALL),
+    WholeCall(Shape("one long sequence", None, 128256, 1, 16384), ALL),
+    WholeCall(Shape("after a prompt", None, 6400, 8, 1023), HALF),
 )
 
 
@@ -67,14 +64,8 @@ class Inputs(NamedTuple):
 
 def make_inputs(logits: Tensor, labels: Tensor, case: Case) -> Inputs:
     """Return a copy of the logits with the mask of the case."""
-    return Inputs(logits.clone(), labels, None if case.share == 1 else mask_of(labels, case), case)
-
-
-def mask_of(labels: Tensor, case: Case) -> Tensor:
-    """(B, T): the last `case.share` of the tokens are scored."""
-    mask = torch.zeros_like(labels)
-    mask[:, round(labels.shape[1] * (1 - case.share)) :] = 1
-    return mask
+    mask = None if case.share == 1 else mask_of(labels, case.share)
+    return Inputs(logits.clone(), labels, mask, case)
 
 
 def complaint(peer: Peer, inputs: Inputs, values: Tensor, grad: Tensor) -> str | None:

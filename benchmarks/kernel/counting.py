@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import Figures
 from benchmarks.kernel import figures, whole
-from benchmarks.kernel.cases import ALL, HALF, HALF_SHIFT, Case, Inputs, Shape, complaint
+from benchmarks.kernel.cases import ALL, HALF_SHIFT, Case, Inputs, WholeCall, complaint
 from benchmarks.kernel.counts import Work, count, per_token_instructions
 from gpu_lab.devices import Device
 from gpu_lab.estimate import Streaming
@@ -20,7 +20,7 @@ class Counting:
     batches: Mapping[Case, Inputs]
     targets: Sequence[str]  # that are run; those of other devices are compiled
     devices: Sequence[Device]
-    shapes: Sequence[Shape]  # of whole calls
+    whole_calls: Sequence[WholeCall]
     figures: Figures = field(default_factory=Figures)
     wrong: list[str] = field(default_factory=list)
 
@@ -31,7 +31,7 @@ class Counting:
     @property
     def num_steps(self) -> int:
         """Of an implementation."""
-        return len(self.batches) - 1 + len(self.all_targets) + len(self.shapes)
+        return len(self.batches) - 1 + len(self.all_targets) + len(self.whole_calls)
 
     def steps(self, peer: Peer) -> Iterator[str]:
         """Say what comes next, and do it; figures of an implementation that fails are not kept."""
@@ -57,10 +57,8 @@ class Counting:
                 new += figures.of_work(peer.name, target, inputs, counted.work, per_token)
         for case in MODELLED_CASES:
             new += figures.modelled(peer.name, self.batches[case], works[case], loops)
-        for shape in self.shapes:
-            yield str(shape)
-            case = ALL if shape.share == 1 else HALF
-            new += whole.whole_figures(
-                peer, shape, self.batches[case], self.targets[0], works[case], loops, self.devices
-            )
+        for one in self.whole_calls:
+            yield str(one)
+            of_case = self.batches[one.case], self.targets[0], works[one.case]
+            new += whole.whole_figures(peer, one, *of_case, loops, self.devices)
         self.figures += new

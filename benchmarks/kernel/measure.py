@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import measure
+from benchmarks.common.batches import Shape
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BACKWARD, BOTH, FORWARD, Figures, figures
-from benchmarks.kernel.cases import ALL, HALF_SHIFT, SHAPES, Case, Inputs, complaint, make_inputs
+from benchmarks.kernel.cases import ALL, HALF_SHIFT, WHOLE_CALLS, Inputs, complaint, make_inputs
 from benchmarks.kernel.tables import COPY_SHARE, IN_GRAPH
 
 DEVICE = torch.device("cuda")
@@ -23,7 +24,7 @@ TIMED = (FORWARD, BACKWARD, BOTH)
 
 def complaints(peers: list[Peer], vocab_size: int, dtype: torch.dtype) -> list[str]:
     """Compare each with float64 on a small batch; return what is wrong."""
-    logits, labels = random_batch(2, CHECKED_ROWS // 2, vocab_size, dtype)
+    logits, labels = random_batch(Shape("", None, vocab_size, 2, CHECKED_ROWS // 2), dtype)
     found = []
     for peer, case in itertools.product(peers, (ALL, HALF_SHIFT)):
         inputs = make_inputs(logits, labels, case)
@@ -51,7 +52,8 @@ def of_rows(vocab_size: int, dtype: torch.dtype, quick: bool) -> Iterator[Plan]:
     # Logits, their copy, gradient and its slice, and room to spare.
     most = measure.free_bytes(DEVICE) // (8 * vocab_size * dtype.itemsize)
     batch = max(1, min(ROWS, most) // SEQ_LEN)
-    logits, labels = random_batch(batch, min(SEQ_LEN, most), vocab_size, dtype)
+    shape = Shape("", None, vocab_size, batch, min(SEQ_LEN, most))
+    logits, labels = random_batch(shape, dtype)
     for case in (ALL, HALF_SHIFT):
         inputs = make_inputs(logits, labels, case)
         yield Plan(str(case), inputs, TIMED, 0.1 if quick else 0.5)
@@ -60,14 +62,12 @@ def of_rows(vocab_size: int, dtype: torch.dtype, quick: bool) -> Iterator[Plan]:
 def of_calls(dtype: torch.dtype, quick: bool) -> Iterator[Plan]:
     """Whole calls where what is beside the streaming kernels counts: as the host starts them, and
     replayed from a CUDA graph."""
-    for shape in SHAPES:
-        if 10 * shape.batch * shape.seq_len * shape.vocab_size > measure.free_bytes(DEVICE):
-            print(f"not run: {shape}: 10 bytes a logit do not fit")
+    for one in WHOLE_CALLS:
+        if 10 * one.shape.num_logits > measure.free_bytes(DEVICE):
+            print(f"not run: {one}: 10 bytes a logit do not fit")
             continue
-        batch = random_batch(shape.batch, shape.seq_len, shape.vocab_size, dtype)
-        inputs = make_inputs(*batch, Case(shape.share))
-        del batch
-        yield Plan(str(shape), inputs, (FORWARD, BOTH), 0.05 if quick else 0.2, in_graph=True)
+        inputs = make_inputs(*random_batch(one.shape, dtype), one.case)
+        yield Plan(str(one), inputs, (FORWARD, BOTH), 0.05 if quick else 0.2, in_graph=True)
 
 
 def measured(
@@ -79,7 +79,7 @@ def measured(
 
     result = Figures()
     plans = itertools.chain(of_rows(vocab_size, dtype, quick), of_calls(dtype, quick))
-    with tqdm(total=2 + len(SHAPES), unit="batch", leave=False) as progress:
+    with tqdm(total=2 + len(WHOLE_CALLS), unit="batch", leave=False) as progress:
         for plan in plans:
             for peer, passes in itertools.product(peers, plan.passes):
                 progress.set_description(f"{peer.name}, {passes}, {plan.case}")
@@ -146,14 +146,8 @@ def timed(peer: Peer, inputs: Inputs, passes: str) -> Callable[[], object] | Non
     return lambda: torch.autograd.grad(inputs.sums(peer, leaf).sum(), leaf)
 
 
-def random_batch(
-    batch: int, seq_len: int, vocab_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels."""
     # A generator of its own: a capture that fails leaves the default one unusable.
-    draw = torch.Generator(DEVICE)
-    draw.manual_seed(0)
-    logits = torch.empty((batch, seq_len, vocab_size), dtype=dtype, device=DEVICE)
-    for rows in logits:
-        rows.copy_(3 * torch.randn(rows.shape, device=DEVICE, generator=draw))
-    labels = torch.randint(vocab_size, (batch, seq_len), device=DEVICE, generator=draw)
-    return logits, labels
+    batch = shape.draw(dtype, torch.Generator(DEVICE).manual_seed(0))
+    return batch.rows, batch.labels

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.common.batches import mask_of
 from benchmarks.common.peers import Peer
 from benchmarks.common.report import BACKWARD, BOTH, FORWARD, Figures, figures
-from benchmarks.kernel.cases import Case, Inputs, Shape, mask_of
+from benchmarks.kernel.cases import Inputs, WholeCall
 from benchmarks.kernel.counts import Work, call, is_streaming, short_kernels
 from benchmarks.kernel.figures import Loops
 from benchmarks.kernel.tables import OPERATORS, SHORT, STREAMING, WHOLE
@@ -33,15 +34,16 @@ class Recorded(NamedTuple):
     operator_bytes: list[float]
 
 
-def record(peer: Peer, shape: Shape, dtype: torch.dtype, target: str) -> dict[str, Recorded]:
+def record(peer: Peer, one: WholeCall, dtype: torch.dtype, target: str) -> dict[str, Recorded]:
     """Return what each pass of a peer launches.
 
     Logits are one row seen many times. The forward pass is at the real size; the operators of a
     backward pass, and its launches, are those of SMALL tokens, each with as many more bytes.
     """
-    forward = _run(peer, shape, dtype, target, trains=False)
-    step = _run(peer, shape._replace(seq_len=SMALL), dtype, target, trains=True)
-    scale = shape.seq_len / SMALL
+    forward = _run(peer, one, dtype, target, trains=False)
+    small = one._replace(shape=one.shape._replace(seq_len=SMALL))
+    step = _run(peer, small, dtype, target, trains=True)
+    scale = one.shape.seq_len / SMALL
     backward = Recorded(
         step.streaming[len(forward.streaming) :],
         step.short[len(forward.short) :],
@@ -50,37 +52,37 @@ def record(peer: Peer, shape: Shape, dtype: torch.dtype, target: str) -> dict[st
     return {FORWARD: forward, BACKWARD: backward}
 
 
-def _run(peer: Peer, shape: Shape, dtype: torch.dtype, target: str, *, trains: bool) -> Recorded:
-    case = Case(shape.share)
+def _run(peer: Peer, one: WholeCall, dtype: torch.dtype, target: str, *, trains: bool) -> Recorded:
+    shape, case = one
     row = torch.zeros(1, 1, shape.vocab_size, dtype=dtype)
     logits = row.expand(shape.batch, shape.seq_len, shape.vocab_size)
     labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
-    mask = mask_of(labels, case)
+    mask = mask_of(labels, case.share)
     runs, inputs = short_kernels(logits, mask), Inputs(logits, labels, mask, case)
     done = call(peer, inputs, target, runs, trains=trains, follows_chains=True)
     parts: dict[bool, list[Launch]] = {True: [], False: []}
     for launch in done.launches:
         parts[is_streaming(launch, logits)].append(launch)
     num_bytes = [
-        float(sum(x.nbytes for x in (*one.inputs, *one.outputs) if 2 * x.numel < logits.numel()))
-        for one in done.operators
-        if one.moves
+        float(sum(x.nbytes for x in (*op.inputs, *op.outputs) if 2 * x.numel < logits.numel()))
+        for op in done.operators
+        if op.moves
     ]
     return Recorded(parts[True], parts[False], num_bytes)
 
 
 def seconds(
-    device: Device, shape: Shape, recorded: Recorded, work: Work, num_logits: int, loop: Streaming
+    device: Device, one: WholeCall, recorded: Recorded, work: Work, num_logits: int, loop: Streaming
 ) -> dict[str, float]:
     """Return the time of each part, and of the whole.
 
     Args:
         work: of the pass on `num_logits` logits of another batch, with the same share scored.
     """
-    of_shape = shape.batch * shape.seq_len * shape.vocab_size
-    scale = of_shape / num_logits
+    here = one.shape.num_logits
+    scale = here / num_logits
     latency = LAUNCH_SECONDS + DRAM_CYCLES / device.clock_hz
-    kernel = loop.time(device, scale * work.moved, of_shape * shape.share)
+    kernel = loop.time(device, scale * work.moved, here * one.case.share)
     by_torch = device.memory_seconds(scale * work.torch_moved)
     parts = {
         STREAMING: kernel.seconds + by_torch + latency * max(1, len(recorded.streaming)),
@@ -92,7 +94,7 @@ def seconds(
 
 def whole_figures(
     peer: Peer,
-    shape: Shape,
+    one: WholeCall,
     inputs: Inputs,
     target: str,
     work: Mapping[str, Work],
@@ -105,13 +107,13 @@ def whole_figures(
         work: by pass, counted on `inputs`, of which the same share is scored.
     """
     result = Figures()
-    num_logits, place = inputs.logits.numel(), str(shape)
+    num_logits, place = inputs.logits.numel(), str(one)
     both: dict[str, float] = {}
-    for passes, recorded in record(peer, shape, inputs.logits.dtype, target).items():
+    for passes, recorded in record(peer, one, inputs.logits.dtype, target).items():
         for device in devices:
             loop = loops.get(device.target, {}).get(passes)
             if loop is not None:
-                parts = seconds(device, shape, recorded, work[passes], num_logits, loop)
+                parts = seconds(device, one, recorded, work[passes], num_logits, loop)
                 both[device.name] = both.get(device.name, 0.0) + parts[WHOLE]
                 us = {name: ("us", 1e6 * each) for name, each in parts.items()}
                 result += figures(peer.name, passes, device.name, place, "modelled", us)

@@ -10,6 +10,7 @@ pytest.importorskip("tqdm")
 
 import dpo_triton
 from benchmarks import bench_kernels
+from benchmarks.common.batches import Shape
 from benchmarks.common.command import Run
 from benchmarks.common.logits_peers import LIGER, TRL_KERNEL, kernels, sliced
 from benchmarks.common.peers import OURS, Peer
@@ -222,7 +223,8 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     for name, value in dict(DEVICE=torch.device("cpu"), COPY_NUMEL=2**16, ROWS=16).items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(measure, "SEQ_LEN", 8)
-    monkeypatch.setattr(measure, "SHAPES", [cases.Shape("small", 2, 4, 257)])
+    small = cases.WholeCall(Shape("small", None, 257, 2, 4), cases.ALL)
+    monkeypatch.setattr(measure, "WHOLE_CALLS", [small])
     monkeypatch.setattr(measure, "captured", lambda fn: None)
     status = bench_kernels.main(["--vocab", "257", "--quick", "--output", str(tmp_path)])
     out, err = capsys.readouterr()
