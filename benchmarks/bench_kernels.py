@@ -71,7 +71,7 @@ def count_on_cpu(run: Run, peers: list[Peer]) -> int:
 
     args = run.args
     run.announce(*PACKAGES, vocab_size=args.vocab, dtype=args.dtype)
-    shape = Shape("", None, args.vocab, BATCH, QUICK_SEQ_LEN if args.quick else SEQ_LEN)
+    shape = Shape(BATCH, QUICK_SEQ_LEN if args.quick else SEQ_LEN, args.vocab)
     batch = shape.draw(getattr(torch, args.dtype), torch.Generator().manual_seed(args.seed))
     batches = {case: make_inputs(batch.rows, batch.labels, case) for case in CASES}
     devices = [d for d in DEVICES if not args.quick or d.target in (*args.target, AMD_TARGET)]

@@ -16,7 +16,7 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
 
 from benchmarks.common import command, measure, report
 from benchmarks.common.batches import Shape
-from benchmarks.common.cases import Plan, Setting, measure_all
+from benchmarks.common.cases import Effort, Plan, Setting, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
 from benchmarks.common.peers import OURS
@@ -29,9 +29,9 @@ from benchmarks.head.rows import FROZEN, SHARE, TRAINED, rows_of
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("SmolLM2-135M", 576, 49152, 4, 512),
-        Shape("MiniMind", 768, 6400, 4, 512),
-        Shape("Qwen2.5-0.5B", 896, 151936, 4, 48),
+        Shape(4, 512, 49152, 576, "SmolLM2-135M"),
+        Shape(4, 512, 6400, 768, "MiniMind"),
+        Shape(4, 48, 151936, 896, "Qwen2.5-0.5B"),
     )
 }
 # On a GPU: the hidden sizes of models of half a billion and of eight billion parameters, from a
@@ -40,16 +40,16 @@ GPU_SHAPES = {
     shape.name: shape
     for hidden_size in (896, 4096)
     for shape in (
-        Shape(f"H{hidden_size}-1k", hidden_size, 151936, 2, 512),
-        Shape(f"H{hidden_size}-8k", hidden_size, 151936, 8, 1024),
-        Shape(f"H{hidden_size}-64k", hidden_size, 151936, 64, 1024),
+        Shape(2, 512, 151936, hidden_size, f"H{hidden_size}-1k"),
+        Shape(8, 1024, 151936, hidden_size, f"H{hidden_size}-8k"),
+        Shape(64, 1024, 151936, hidden_size, f"H{hidden_size}-64k"),
     )
 }
 GPU_SHARES = [1.0]
 HEADLINE = "SmolLM2-135M"
 SHARES = [0.25, SHARE, 1.0]
 BFLOAT16_SHARES = [SHARE]  # at the headline
-ROUNDS, OTHER_ROUNDS = 3, 1  # samples: where times are judged, and elsewhere
+REPEATED, ONCE = Effort(3, None), Effort(1, None)  # where times are judged, and elsewhere
 MODES = [(FORWARD, TRAINED), (BOTH, TRAINED), (BOTH, FROZEN)]
 QUICK_SEQ_LEN = 16
 MODELLED = (896, 151936)  # H and V of Qwen2.5-0.5B: what today's vocabularies come to
@@ -105,8 +105,8 @@ def make_plan(
         is_judged = at_headline and (share, head) in rows.JUDGED
         is_quoted = is_judged and (share, head) == rows.JUDGED[0]
         is_repeated = (is_judged or args.device.startswith("cuda")) and not args.quick
-        rounds = ROUNDS if is_repeated else OTHER_ROUNDS
-        settings.append(Setting(share, passes, rounds, None, head == TRAINED, is_quoted))
+        effort = REPEATED if is_repeated else ONCE
+        settings.append(Setting(share, passes, effort, head == TRAINED, is_quoted))
     sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
     group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
     return Plan(group, shape, dtype, settings, upstream_of_simpo)

@@ -6,11 +6,10 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -19,7 +18,7 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
 
 from benchmarks.common import command, measure, report
 from benchmarks.common.batches import Shape
-from benchmarks.common.cases import Plan, Setting, measure_all
+from benchmarks.common.cases import Effort, Plan, Setting, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
 from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
@@ -27,15 +26,6 @@ from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.vocab import first_call, rows
 from benchmarks.vocab.judged import judge
 from benchmarks.vocab.sentences import sentences
-
-
-class Effort(NamedTuple):
-    """How much is measured of one size."""
-
-    rounds: int  # over all implementations, each time in another order
-    min_run_s: float | None  # of an implementation in a round; None: one call, not warmed up
-    num_checked: int  # sequences that are compared with float64
-
 
 BATCH = 8  # sequences, over vocabulary sizes
 HEADLINE = 128256
@@ -97,55 +87,44 @@ def plans_of(args: argparse.Namespace, device: torch.device) -> dict[str, list[P
     """What is measured, by part: batches that memory has room for."""
     most = measure.free_bytes(device) // BYTES_PER_LOGIT
     threads = torch.get_num_threads()
+    load = [(threads, 0)]
     vocabulary, sizes = [], []
     for vocab_size in args.vocab:
         is_headline = vocab_size == HEADLINE
         num_logits, effort = EFFORTS[device.type][not is_headline]
         if args.quick:
             num_logits, effort = QUICK_EFFORTS[device.type]
-        shape = shape_of(BATCH, num_logits // (BATCH * vocab_size), vocab_size).within(most)
-        every = product(args.share, [(threads, 0)])
-        vocabulary += make_plans(shape, args.dtype, effort, every, is_headline)
+        shape = Shape(BATCH, num_logits // (BATCH * vocab_size), vocab_size).within(most)
+        vocabulary += make_plans(shape, args.dtype, effort, args.share, load, is_headline)
     for size in args.sizes:
-        shape, every = shape_of(*size).within(most), [(threads, 0)]
+        shape = Shape(*size).within(most)
         if shape.num_logits > LARGE:
-            sizes += make_plans(shape, args.dtype[:1], LARGE_EFFORT, product([1.0], every))
+            sizes += make_plans(shape, args.dtype[:1], LARGE_EFFORT, [1.0], load)
             continue
-        if device.type == "cpu":
-            every += [(1, 0)] * (threads > 1) + [(threads, 1)] * (size == NEIGHBOURED)
-        sizes += make_plans(shape, args.dtype, SMALL_EFFORT, product([1.0], every))
+        more = [(1, 0)] * (threads > 1) + [(threads, 1)] * (size == NEIGHBOURED)
+        loads = load + more * (device.type == "cpu")
+        sizes += make_plans(shape, args.dtype, SMALL_EFFORT, [1.0], loads)
     return {rows.VOCABULARY: vocabulary, rows.SIZES: sizes}
-
-
-def shape_of(batch: int, seq_len: int, vocab_size: int) -> Shape:
-    return Shape(f"V = {vocab_size}", None, vocab_size, batch, seq_len)
 
 
 def make_plans(
     shape: Shape,
     dtypes: Sequence[str],
     effort: Effort,
-    every: Iterable[tuple[float, tuple[int, int]]],
+    shares: Sequence[float],
+    loads: Sequence[tuple[int, int]],
     is_headline: bool = False,
 ) -> list[Plan]:
     """A plan for each dtype.
 
     Args:
-        every: share of the rows scored; threads of PyTorch, and other processes that each keep a
-            core busy.
+        loads: threads of PyTorch, and other processes that each keep a core busy.
     """
+    every = product(shares, loads, (FORWARD, BOTH))
     settings = [
-        Setting(
-            share, passes, effort.rounds, effort.min_run_s, is_headline=is_headline,
-            threads=threads, neighbours=neighbours,
-        )
-        for share, (threads, neighbours) in every
-        for passes in (FORWARD, BOTH)
-    ]  # fmt: skip
-    return [
-        Plan(str(shape), shape, getattr(torch, dtype), settings, num_checked=effort.num_checked)
-        for dtype in dtypes
+        Setting(share, passes, effort, True, is_headline, *load) for share, load, passes in every
     ]
+    return [Plan(str(shape), shape, getattr(torch, dtype), settings) for dtype in dtypes]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from benchmarks.head.rows import FROZEN, TRAINED, Row
 @pytest.fixture
 def bench(monkeypatch, quiet_machine, quick_peaks):  # noqa: F811
     """The program on tiny shapes: a vocabulary of more than one tile, and one of less."""
-    shapes = (Shape(bench_linear.HEADLINE, 24, 4099, 4, 32), Shape("b", 16, 257, 2, 8))
+    shapes = (Shape(4, 32, 4099, 24, bench_linear.HEADLINE), Shape(2, 8, 257, 16, "b"))
     monkeypatch.setattr(bench_linear, "SHAPES", {shape.name: shape for shape in shapes})
     return bench_linear
 
@@ -97,7 +97,7 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven(bench, monkeypatch,
     ours = Peer("ours", "", lambda: refuse, ours=True)
     run = command.Run("bench_linear", bench.parse_args, ["--no-plot"])
     with pytest.raises(RuntimeError, match="no memory"):
-        measure_case(Case(batch, Setting(1.0, FORWARD, 1, None)), [ours], run)
+        measure_case(Case(batch, Setting(1.0, FORWARD, bench_linear.ONCE)), [ours], run)
 
 
 def test_who_cannot_run_is_named():

@@ -279,7 +279,7 @@ def test_sizes_are_within_memory(monkeypatch):
     *others, largest = parts[SIZES]  # the largest with one dtype
     assert largest.shape.num_logits <= 2**27 < 8 * 512 * 151936
     assert largest.dtype == torch.bfloat16
-    assert {setting.min_run_s for setting in largest.settings} == {None}
+    assert {setting.effort.min_run_s for setting in largest.settings} == {None}
     assert [plan.dtype for plan in others] == [torch.bfloat16, torch.float32] * 5
 
 

@@ -170,7 +170,7 @@ def measure_ms(peer: Peer, passes: str, vocab_size: int, dtype: torch.dtype) -> 
     from benchmarks.common.measure import times_ms
     from benchmarks.kernel import measure
 
-    logits, labels = measure.random_batch(Shape("", None, vocab_size, 4, GPU_ROWS // 4), dtype)
+    logits, labels = measure.random_batch(Shape(4, GPU_ROWS // 4, vocab_size), dtype)
     fn = measure.timed(peer, make_inputs(logits, labels, ALL), passes)
     assert fn is not None
     return statistics.median(times_ms(fn, measure.DEVICE, min_run_s=0.1))

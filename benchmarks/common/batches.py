@@ -91,11 +91,11 @@ def increasing(values: Tensor) -> Tensor:
 
 
 class Shape(NamedTuple):
-    name: str
-    hidden_size: int | None  # of what goes to a head; None: logits
-    vocab_size: int
     batch: int  # sequences
     seq_len: int
+    vocab_size: int
+    hidden_size: int | None = None  # of what goes to a head; None: logits
+    name: str = ""
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.seq_len} x {self.vocab_size}"
@@ -134,7 +134,8 @@ class Shape(NamedTuple):
         labels = torch.randint(self.vocab_size, tokens, generator=generator, device=device)
         checked = self.batch if num_checked is None else min(self.batch, num_checked)
         every = torch.ones_like(labels)
-        return Batch(self.name, rows, weight, labels, every, 1.0, upstream, checked)
+        name = self.name or f"V = {self.vocab_size}"
+        return Batch(name, rows, weight, labels, every, 1.0, upstream, checked)
 
 
 def relative_error(grad: Tensor, truth: Tensor) -> float:

@@ -127,12 +127,17 @@ class CaseRow:
 R = TypeVar("R", bound=CaseRow)
 
 
+class Effort(NamedTuple):
+    rounds: int  # over all implementations, each time in another order
+    min_run_s: float | None  # of an implementation in a round; None: one call, not warmed up
+    num_checked: int | None = None  # sequences that are compared with float64; None: all
+
+
 @dataclass(frozen=True)
 class Setting:
     share: float  # of the rows scored
     passes: str
-    rounds: int  # over all implementations, each time in another order
-    min_run_s: float | None  # of an implementation in a round; None: one call, not warmed up
+    effort: Effort
     trains_weight: bool = True
     is_headline: bool = False  # where the figures that are quoted come from
     threads: int = field(default_factory=torch.get_num_threads)
@@ -140,14 +145,14 @@ class Setting:
 
 
 class Plan(NamedTuple):
-    """A batch, and all that is measured on it; settings with the same share are neighbours."""
+    """A batch, and all that is measured on it; settings with the same share are neighbours,
+    and all have the same sequences compared."""
 
     group: str  # of the table that its rows go to
     shape: Shape
     dtype: torch.dtype
     settings: list[Setting]
     upstream: Callable[[Tensor], Tensor] = increasing
-    num_checked: int | None = None  # sequences that are compared with float64; None: all
 
 
 class Case(NamedTuple):
@@ -156,7 +161,9 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         more = [] if self.setting.trains_weight else ["frozen"]
-        more += [f"{self.setting.threads} threads"] if self.setting.min_run_s is not None else []
+        more += (
+            [f"{self.setting.threads} threads"] if self.setting.effort.min_run_s is not None else []
+        )
         return ", ".join([str(self.batch), self.setting.passes, *more])
 
     def serves(self, peer: Peer) -> bool:
@@ -184,8 +191,8 @@ def measure_case(case: Case, peers: Sequence[Peer], run: Run) -> list[Call]:
     with measure.setting(setting.threads, setting.neighbours):
         tried_out = (_tried_out(peer, case, run) for peer in peers if case.serves(peer))
         calls = [call for call in tried_out if call is not None]
-        for call in measure.turns(calls, setting.rounds):
-            options = dict(min_run_s=setting.min_run_s, restore=call.restore)
+        for call in measure.turns(calls, setting.effort.rounds):
+            options = dict(min_run_s=setting.effort.min_run_s, restore=call.restore)
             call.rounds.append(measure.times_ms(call.fn, run.device, **options))
     return calls
 
@@ -194,7 +201,7 @@ def _tried_out(peer: Peer, case: Case, run: Run) -> Call | None:
     batch, setting = case
     try:
         call = Call.of(peer, batch, setting.passes, setting.trains_weight)
-        call.try_out(batch.truth, run.device, warms_up=setting.min_run_s is not None)
+        call.try_out(batch.truth, run.device, warms_up=setting.effort.min_run_s is not None)
     except Exception as error:  # a peer may lack a compiler or memory; we may not
         if peer.ours:
             raise
@@ -229,7 +236,8 @@ def measure_all(
 
 def cases(plan: Plan, generator: torch.Generator) -> Iterator[Case]:
     torch.compiler.reset()  # it compiles for eight shapes and no more
-    batch = plan.shape.draw(plan.dtype, generator, plan.upstream, plan.num_checked)
+    num_checked = plan.settings[0].effort.num_checked
+    batch = plan.shape.draw(plan.dtype, generator, plan.upstream, num_checked)
     for share, settings in itertools.groupby(plan.settings, key=lambda setting: setting.share):
         scored = batch.scoring(share)
         for setting in settings:

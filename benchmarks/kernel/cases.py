@@ -30,16 +30,16 @@ class WholeCall(NamedTuple):
     case: Case
 
     def __str__(self) -> str:
-        name, _, vocab_size, batch, seq_len = self.shape
+        batch, seq_len, vocab_size, _, name = self.shape
         scored = "" if self.case == ALL else f", {self.case} scored"
         return f"{name}: {batch} x {seq_len}, V = {vocab_size}{scored}"
 
 
 WHOLE_CALLS = (
-    WholeCall(Shape("MiniMind's batch", None, 6400, 8, 1023), ALL),
-    WholeCall(Shape("few long sequences", None, 151936, 2, 8192), ALL),
-    WholeCall(Shape("one long sequence", None, 128256, 1, 16384), ALL),
-    WholeCall(Shape("after a prompt", None, 6400, 8, 1023), HALF),
+    WholeCall(Shape(8, 1023, 6400, name="MiniMind's batch"), ALL),
+    WholeCall(Shape(2, 8192, 151936, name="few long sequences"), ALL),
+    WholeCall(Shape(1, 16384, 128256, name="one long sequence"), ALL),
+    WholeCall(Shape(8, 1023, 6400, name="after a prompt"), HALF),
 )
 
 

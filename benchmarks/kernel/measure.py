@@ -24,7 +24,7 @@ TIMED = (FORWARD, BACKWARD, BOTH)
 
 def complaints(peers: list[Peer], vocab_size: int, dtype: torch.dtype) -> list[str]:
     """Compare each with float64 on a small batch; return what is wrong."""
-    logits, labels = random_batch(Shape("", None, vocab_size, 2, CHECKED_ROWS // 2), dtype)
+    logits, labels = random_batch(Shape(2, CHECKED_ROWS // 2, vocab_size), dtype)
     found = []
     for peer, case in itertools.product(peers, (ALL, HALF_SHIFT)):
         inputs = make_inputs(logits, labels, case)
@@ -52,7 +52,7 @@ def of_rows(vocab_size: int, dtype: torch.dtype, quick: bool) -> Iterator[Plan]:
     # Logits, their copy, gradient and its slice, and room to spare.
     most = measure.free_bytes(DEVICE) // (8 * vocab_size * dtype.itemsize)
     batch = max(1, min(ROWS, most) // SEQ_LEN)
-    shape = Shape("", None, vocab_size, batch, min(SEQ_LEN, most))
+    shape = Shape(batch, min(SEQ_LEN, most), vocab_size)
     logits, labels = random_batch(shape, dtype)
     for case in (ALL, HALF_SHIFT):
         inputs = make_inputs(logits, labels, case)

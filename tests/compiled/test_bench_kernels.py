@@ -223,7 +223,7 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     for name, value in dict(DEVICE=torch.device("cpu"), COPY_NUMEL=2**16, ROWS=16).items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(measure, "SEQ_LEN", 8)
-    small = cases.WholeCall(Shape("small", None, 257, 2, 4), cases.ALL)
+    small = cases.WholeCall(Shape(2, 4, 257, name="small"), cases.ALL)
     monkeypatch.setattr(measure, "WHOLE_CALLS", [small])
     monkeypatch.setattr(measure, "captured", lambda fn: None)
     status = bench_kernels.main(["--vocab", "257", "--quick", "--output", str(tmp_path)])
