@@ -25,7 +25,6 @@ from dpo_triton._head._tiles import Plan, Tiles
 TOKENS = 8192
 BF16, FLOAT32 = 2, 4
 TRL_TILE = (4096, 32768)  # tokens, columns
-TRL_VERSION = "1.16.0"  # that is modelled
 NOTES = f"""\
 products: each scored tokens x H x V multiply-adds, per scored token. launches, bytes: per token.
 of the tiles: bytes that are logits or their gradient. largest tile: MiB.

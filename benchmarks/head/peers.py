@@ -8,6 +8,7 @@ eq. 6): Liger's head gives that loss beside the values, and nothing else that ha
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,19 +72,13 @@ def candidates(backend: str) -> list[Peer]:
         Peer(
             f"{linear}, chunked",
             "the same with options=LinearCrossEntropyOptions(), at the headline alone",
-            lambda: _on_all_rows(_torch_head(options=torch.nn.LinearCrossEntropyOptions())),
+            lambda: _on_all_rows(_torch_head({})),
             serves=lambda place: place.is_headline,
         ),
         Peer(
             f"{linear}, 512 rows",
             "the same with batch_chunk_size=512, which suits these shapes better",
-            lambda: _on_all_rows(
-                _torch_head(
-                    options=torch.nn.LinearCrossEntropyOptions(
-                        batch_chunk_size=512, chunking_method=None
-                    )
-                )
-            ),
+            lambda: _on_all_rows(_torch_head(dict(batch_chunk_size=512, chunking_method=None))),
         ),
         Peer(
             "Liger SimPO",
@@ -148,12 +143,13 @@ def _trl() -> Rows:
     return fn
 
 
-def _torch_head(**options: object) -> Rows:
+def _torch_head(options: dict[str, Any] | None = None) -> Rows:
     head = F.linear_cross_entropy  # of torch 2.13 and later
+    how = {} if options is None else dict(options=torch.nn.LinearCrossEntropyOptions(**options))
 
     def fn(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
         targets = labels.masked_fill(~counted, -100)
-        return -head(hidden, weight, targets, reduction="none", **options).float()
+        return -head(hidden, weight, targets, reduction="none", **how).float()
 
     return fn
 

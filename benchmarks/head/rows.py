@@ -1,6 +1,5 @@
 """What was measured of heads, as rows: their table, their goals, and their plot."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +47,9 @@ def rows_of(case: Case, calls: list[Call]) -> list[Row]:
     rows = []
     for call in calls:
         of_hidden, of_weight = (*call.grad_errors, None, None)[:2]
+        peak = None if call.peak_mib is None else call.peak_mib - above
         row = Row(
-            **case.common(call),
+            **case.common(call) | dict(peak_mib=peak),
             model=batch.name,
             hidden_size=batch.rows.shape[-1],
             head=HEADS[setting.trains_weight],
@@ -59,8 +59,7 @@ def rows_of(case: Case, calls: list[Call]) -> list[Row]:
             weight_grad_rounding=batch.roundings[2],
             of_floor=None if floor is None else floor.speedup_over(call),
         )
-        peak = None if call.peak_mib is None else call.peak_mib - above
-        rows.append(dataclasses.replace(row, peak_mib=peak))
+        rows.append(row)
     return rows
 
 

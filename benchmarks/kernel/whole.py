@@ -108,16 +108,14 @@ def whole_figures(
     """
     result = Figures()
     num_logits, place = inputs.logits.numel(), str(one)
-    both: dict[str, float] = {}
     for passes, recorded in record(peer, one, inputs.logits.dtype, target).items():
         for device in devices:
             loop = loops.get(device.target, {}).get(passes)
             if loop is not None:
                 parts = seconds(device, one, recorded, work[passes], num_logits, loop)
-                both[device.name] = both.get(device.name, 0.0) + parts[WHOLE]
                 us = {name: ("us", 1e6 * each) for name, each in parts.items()}
                 result += figures(peer.name, passes, device.name, place, "modelled", us)
-    for name, each in both.items():
-        us = {WHOLE: ("us", 1e6 * each)}
-        result += figures(peer.name, BOTH, name, place, "modelled", us)
+    for name in result.column("where"):
+        both = sum(figure.value for figure in result.select(WHOLE, where=name))
+        result += figures(peer.name, BOTH, name, place, "modelled", {WHOLE: ("us", both)})
     return result
