@@ -109,7 +109,7 @@ class CaseRow:
     """One implementation in one case."""
 
     impl: str = shown("implementation")
-    passes: str = shown("pass")  # FORWARD, without autograd, or BOTH, which is both
+    passes: str = shown("pass")  # FORWARD, without autograd, or BOTH
     dtype: str = shown("dtype")
     vocab_size: int
     batch: int
@@ -145,8 +145,10 @@ class Setting:
 
 
 class Plan(NamedTuple):
-    """A batch, and all that is measured on it; settings with the same share are neighbours,
-    and all have the same sequences compared."""
+    """A batch that is not drawn yet, and all that is measured on it.
+
+    Settings with the same share are neighbours; of all the same sequences are compared.
+    """
 
     group: str  # of the table that its rows go to
     shape: Shape
@@ -160,16 +162,15 @@ class Case(NamedTuple):
     setting: Setting
 
     def __str__(self) -> str:
-        more = [] if self.setting.trains_weight else ["frozen"]
-        more += (
-            [f"{self.setting.threads} threads"] if self.setting.effort.min_run_s is not None else []
-        )
-        return ", ".join([str(self.batch), self.setting.passes, *more])
+        batch, setting = self
+        more = [] if setting.trains_weight else ["frozen"]
+        more += [] if setting.effort.min_run_s is None else [f"{setting.threads} threads"]
+        return ", ".join([str(batch), setting.passes, *more])
 
     def serves(self, peer: Peer) -> bool:
         """Whether the implementation has a place here."""
-        of_backward = self.setting.passes == BOTH
-        return peer.serves(Place(self.setting.is_headline, of_backward, self.batch.share == 1))
+        batch, setting = self
+        return peer.serves(Place(setting.is_headline, setting.passes == BOTH, batch.share == 1))
 
     def common(self, call: Call) -> dict[str, Any]:
         """The fields of `CaseRow`."""

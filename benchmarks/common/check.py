@@ -26,7 +26,7 @@ def check_batches(
     mask = torch.tensor(CHECK_MASK, device=device)
     for vocab_size, dtype in itertools.product(CHECK_VOCAB_SIZES, dtypes):
         generator = torch.Generator(device).manual_seed(vocab_size)
-        shape = Shape(*mask.shape, vocab_size, hidden_size)
+        shape = Shape(len(CHECK_MASK), len(CHECK_MASK[0]), vocab_size, hidden_size)
         batch = shape.draw(dtype, generator, upstream)
         yield dataclasses.replace(batch, mask=mask, share=float(mask.float().mean()))
 

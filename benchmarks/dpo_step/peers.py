@@ -140,9 +140,8 @@ def exact_sums(model: Any, batch: Batch) -> Tensor:
     """Sums of log-probabilities in float64 from the same hidden states, one sequence at a time."""
     weight = model.get_output_embeddings().weight.double()
     rows = zip(hidden_states(model, batch), batch.input_ids, batch.completion_mask, strict=True)
-    how = dict(reduction="sum", shift=True)
-    sums = [
-        reference.seq_logprob((x.double() @ weight.T)[None], ids[None], mask[None], **how)
-        for x, ids, mask in rows
-    ]
+    sums = []
+    for x, ids, mask in rows:
+        inputs = ((x.double() @ weight.T)[None], ids[None], mask[None])
+        sums.append(reference.seq_logprob(*inputs, reduction="sum", shift=True))
     return torch.cat(sums)

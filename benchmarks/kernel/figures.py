@@ -60,7 +60,7 @@ def of_loop(impl: str, target: str, passes: str, case: str, loop: Streaming) -> 
         )
         for kind, counts in code.access_bits.items()
     }
-    static = {
+    static: dict[str, tuple[str, float | str]] = {
         **{name: ("instructions", loop.instructions(way)) for way, name in SASS.items()},
         "machine exp2 per logit": ("instructions", loop.exp2()),
         "barriers in the loop": ("barriers", code.barriers_in_loop),

@@ -131,7 +131,7 @@ def plot(path: Path, rows: Figures, machine: str, *, case: str, title: str) -> N
         for passes in PASSES
     }
     times = {device: [of_both(TIME, impl, device) for impl in impls] for device in devices}
-    with drawing(path, title, num_axes=2, figsize=(13, 5.2)) as (left, right):
+    with drawing(path, title, num_axes=2, figsize=(17, 5.2), width_ratios=(2, 3)) as (left, right):
         draw_groups(left, counted, impls, "PTX instructions per logit", "%.1f")
         left.set_title("instructions per logit, counted")
         draw_groups(right, times, impls, "modelled ms", "%.2f")

@@ -116,6 +116,6 @@ def whole_figures(
                 us = {name: ("us", 1e6 * each) for name, each in parts.items()}
                 result += figures(peer.name, passes, device.name, place, "modelled", us)
     for name in result.column("where"):
-        both = sum(figure.value for figure in result.select(WHOLE, where=name))
+        both = sum(float(figure.value) for figure in result.select(WHOLE, where=name))
         result += figures(peer.name, BOTH, name, place, "modelled", {WHOLE: ("us", both)})
     return result
