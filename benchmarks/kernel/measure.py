@@ -73,8 +73,7 @@ def of_calls(dtype: torch.dtype, quick: bool) -> Iterator[Plan]:
 def measured(
     peers: list[Peer], vocab_size: int, dtype: torch.dtype, quick: bool, copy_gb_per_s: float
 ) -> Figures:
-    """Time each peer on each batch. What a peer cannot do, such as a backward pass of its own or to
-    be captured, is not there."""
+    """Time each peer on each batch."""
     from tqdm import tqdm
 
     result = Figures()
@@ -83,16 +82,23 @@ def measured(
         for plan in plans:
             for peer, passes in itertools.product(peers, plan.passes):
                 progress.set_description(f"{peer.name}, {passes}, {plan.case}")
-                if (fn := timed(peer, plan.inputs, passes)) is None:
-                    continue
-                samples = measure.times_ms(fn, DEVICE, min_run_s=plan.run_s)
-                result += time_figures(peer.name, passes, plan, samples, copy_gb_per_s)
-                if plan.in_graph and (replay := captured(fn)) is not None:
-                    median = np.median(measure.times_ms(replay, DEVICE, min_run_s=plan.run_s))
-                    values = {IN_GRAPH: ("ms", float(median))}
-                    result += figures(peer.name, passes, "gpu", plan.case, "measured", values)
+                result += measured_pass(peer, passes, plan, copy_gb_per_s)
             progress.update()
             del plan  # before the next one is drawn
+    return result
+
+
+def measured_pass(peer: Peer, passes: str, plan: Plan, copy_gb_per_s: float) -> Figures:
+    """What a peer cannot do, such as a backward pass of its own or to be captured, is not there."""
+    fn = timed(peer, plan.inputs, passes)
+    if fn is None:
+        return Figures()
+    samples = measure.times_ms(fn, DEVICE, min_run_s=plan.run_s)
+    result = time_figures(peer.name, passes, plan, samples, copy_gb_per_s)
+    if plan.in_graph and (replay := captured(fn)) is not None:
+        median = float(np.median(measure.times_ms(replay, DEVICE, min_run_s=plan.run_s)))
+        values = {IN_GRAPH: ("ms", median)}
+        result += figures(peer.name, passes, "gpu", plan.case, "measured", values)
     return result
 
 
