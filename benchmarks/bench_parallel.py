@@ -21,6 +21,7 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
 from processes import run_processes
 
 from benchmarks.common import command
+from benchmarks.common.batches import Shape
 from benchmarks.common.command import Run
 from benchmarks.common.report import (
     BACKWARD,
@@ -46,18 +47,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     run = Run("bench_parallel", parse_args, argv)
     args = run.args
-    batch = ways.Batch(4, args.tokens, 64, args.vocab, 0.5, args.seed)
+    shape = Shape(4, args.tokens, args.vocab, hidden_size=64)
     run.descriptions |= ways.DESCRIPTIONS
     run.announce(
         "torch",
         vocab_size=args.vocab,
-        tokens=batch.batch * batch.seq_len,
-        hidden_size=batch.hidden_size,
+        tokens=shape.batch * shape.seq_len,
+        hidden_size=shape.hidden_size,
         modelled_step=Step(),
     )
     measured, wrong = Figures(), []
     for size in args.processes:
-        ranks = run_processes(ways.measure, size, batch)
+        ranks = run_processes(ways.measure, size, shape, args.seed)
         for name in ways.WAYS:
             of_ranks = [rank[name] for rank in ranks]
             measured += measured_rows(name, size, of_ranks)

@@ -1,7 +1,6 @@
 """Three ways to score tokens with a head whose vocabulary is sharded, on real processes, and the
 bytes that they send."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton
+from benchmarks.common.batches import Shape
 from benchmarks.common.logits_peers import log_softmax, masked_mean
 from benchmarks.common.peers import OURS
 from dpo_triton import VocabShard
@@ -27,6 +27,7 @@ DESCRIPTIONS = {
 }
 
 
+SCORED_SHARE = 0.5
 COLLECTIVES = ("all_gather", "all_to_all_single", "all_reduce")
 
 
@@ -65,32 +66,16 @@ class Sent:
         return (size - 1) * (gathered + exchanged + 2 / size * reduced)
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    batch: int
-    seq_len: int
-    hidden_size: int
-    vocab_size: int
-    scored_share: float
-    seed: int
-
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """bfloat16 hidden (B, T, H) and weight (V, H), labels and mask (B, T)."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape, spread = (self.batch, self.seq_len), 3 / self.hidden_size**0.5
-        hidden = torch.randn(*shape, self.hidden_size, generator=generator).bfloat16()
-        weight = torch.randn(self.vocab_size, self.hidden_size, generator=generator) * spread
-        labels = torch.randint(self.vocab_size, shape, generator=generator)
-        mask = torch.rand(shape, generator=generator) < self.scored_share
-        return hidden, weight.bfloat16(), labels, mask
-
-
-def measure(batch: Batch) -> dict[str, dict[str, Any]]:
+def measure(shape: Shape, seed: int) -> dict[str, dict[str, Any]]:
     """On a rank: errors against float64, and bytes, of a forward and a backward pass of each."""
-    hidden, weight, labels, mask = batch.draw()
+    generator = torch.Generator().manual_seed(seed)
+    batch = shape.draw(torch.bfloat16, generator)
+    hidden, weight, labels = batch.rows, batch.weight, batch.labels
+    assert weight is not None
+    mask = torch.rand(labels.shape, generator=generator) < SCORED_SHARE
     rank, size = dist.get_rank(), dist.get_world_size()
-    width = -(-batch.vocab_size // size)
-    shard = VocabShard(rank * width, min((rank + 1) * width, batch.vocab_size))
+    width = -(-shape.vocab_size // size)
+    shard = VocabShard(rank * width, min((rank + 1) * width, shape.vocab_size))
     rows = slice(shard.start, shard.stop)
     logits = F.linear(hidden.double(), weight.double())
     exact = dpo_triton.reference.seq_logprob(logits, labels, mask)
