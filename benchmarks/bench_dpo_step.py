@@ -10,6 +10,7 @@ this package's are wrong nothing is timed, and it exits with 1.
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,19 @@ def main(argv: list[str] | None = None) -> int:
         exact = peers.exact_sums(policy, batch)
         with tqdm(total=(1 + args.rounds) * len(runnable), unit="step", leave=False) as progress:
 
-            def step(one: peers.StepPeer) -> float:
+            def step(one: peers.StepPeer) -> None:
                 progress.set_description(one.name)
                 progress.update()
                 policy.zero_grad(set_to_none=True)
-                return clock.step(one, batch)
+                clock.step(one, batch)
 
             found: dict[str, dict[str, Any]] = {}
             grads: dict[str, Tensor] = {}
             for one in runnable:
                 with torch.no_grad():
                     error = float((one.sums(policy, batch) - exact).abs().max())
-                held: list[float] = []
-                peak = measure.peak_mib(
-                    lambda one=one, held=held: held.append(step(one)), run.device
-                )
-                found[one.name] = dict(loss=held[0], peak_mib=peak, value_error=error)
+                peak = measure.peak_mib(partial(step, one), run.device)
+                found[one.name] = dict(loss=clock.loss, peak_mib=peak, value_error=error)
                 grads[one.name] = policy.get_output_embeddings().weight.grad
             errors = {name: row["value_error"] for name, row in found.items() if OURS in name}
             wrong = complaints(errors, grads)

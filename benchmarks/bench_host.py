@@ -26,19 +26,19 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
 
 from benchmarks.common import command, measure, report
 from benchmarks.common.command import Run
+from benchmarks.common.logits_peers import LIGER, LOG_SOFTMAX, TRL_KERNEL, candidates
 from benchmarks.common.peers import OURS, Peer
-from benchmarks.common.report import BACKWARD, FORWARD, shown
+from benchmarks.common.report import BOTH, FORWARD, shown
 from benchmarks.head.peers import TRL
 from benchmarks.head.peers import candidates as head_candidates
 from benchmarks.host import counts
 from benchmarks.host.parts import PARTS, shares
-from benchmarks.vocab.peers import LIGER, LOG_SOFTMAX, TRL_KERNEL, candidates
 from gpu_lab.driver import Lab, emulate
 
 TARGET = "sm_90"
 SHAPE = (4, 8, 128)  # B, T, V
 NAMES = (OURS, TRL_KERNEL, LIGER, LOG_SOFTMAX)
-PASSES = (FORWARD, BACKWARD)
+PASSES = (FORWARD, BOTH)
 PROFILED = 50  # calls
 HEAD = dict(hidden_size=16, vocab_size=151936)
 NOTES = """\

@@ -5,9 +5,8 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 """
 
 import argparse
-import dataclasses
+import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,23 +15,23 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import Case, measure_all
+from benchmarks.common.batches import Shape
+from benchmarks.common.cases import Effort, Plan, Setting, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
-from benchmarks.common.peers import OURS, Peer, Place
-from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.common.peers import OURS
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
-from benchmarks.head.cases import Shape, check_batch, make_batch, rows_of
-from benchmarks.head.peers import FORMULA, candidates
-from benchmarks.head.rows import FROZEN, SHARE, TRAINED
+from benchmarks.head.peers import FORMULA, candidates, upstream_of_simpo
+from benchmarks.head.rows import FROZEN, SHARE, TRAINED, rows_of
 
 # 2048 tokens, but where V is so large that a batch of them would take minutes on two cores.
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("SmolLM2-135M", 576, 49152, 4, 512),
-        Shape("MiniMind", 768, 6400, 4, 512),
-        Shape("Qwen2.5-0.5B", 896, 151936, 4, 48),
+        Shape(4, 512, 49152, 576, "SmolLM2-135M"),
+        Shape(4, 512, 6400, 768, "MiniMind"),
+        Shape(4, 48, 151936, 896, "Qwen2.5-0.5B"),
     )
 }
 # On a GPU: the hidden sizes of models of half a billion and of eight billion parameters, from a
@@ -41,21 +40,19 @@ GPU_SHAPES = {
     shape.name: shape
     for hidden_size in (896, 4096)
     for shape in (
-        Shape(f"H{hidden_size}-1k", hidden_size, 151936, 2, 512),
-        Shape(f"H{hidden_size}-8k", hidden_size, 151936, 8, 1024),
-        Shape(f"H{hidden_size}-64k", hidden_size, 151936, 64, 1024),
+        Shape(2, 512, 151936, hidden_size, f"H{hidden_size}-1k"),
+        Shape(8, 1024, 151936, hidden_size, f"H{hidden_size}-8k"),
+        Shape(64, 1024, 151936, hidden_size, f"H{hidden_size}-64k"),
     )
 }
 GPU_SHARES = [1.0]
 HEADLINE = "SmolLM2-135M"
 SHARES = [0.25, SHARE, 1.0]
 BFLOAT16_SHARES = [SHARE]  # at the headline
-ROUNDS, OTHER_ROUNDS = 3, 1  # samples: where times are judged, and elsewhere
-MODES = [(FORWARD, TRAINED), (BACKWARD, TRAINED), (BACKWARD, FROZEN)]
+REPEATED, ONCE = Effort(3, None), Effort(1, None)  # where times are judged, and elsewhere
+MODES = [(FORWARD, TRAINED), (BOTH, TRAINED), (BOTH, FROZEN)]
 QUICK_SEQ_LEN = 16
 MODELLED = (896, 151936)  # H and V of Qwen2.5-0.5B: what today's vocabularies come to
-
-Plan = list[tuple[Shape, torch.dtype, list[float]]]  # a model's shape, and shares of rows scored
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,23 +62,19 @@ def main(argv: list[str] | None = None) -> int:
     args, device = run.args, run.device
     runnable = run.collect(candidates(args.backend))
     by_name = {peer.name: peer for peer in runnable}
-    checked = check_batches(check_batch, [torch.float32, torch.bfloat16], device)
+    dtypes = [torch.float32, torch.bfloat16]
+    checked = check_batches(dtypes, device, hidden_size=24, upstream=upstream_of_simpo)
     wrong = complaints([by_name[OURS]], by_name[FORMULA], checked, device)
     if wrong:
         return run.refuse(wrong)
 
     run.announce("torch", "triton", "numba", "trl", "liger-kernel")
-    plan = [one for one in plan_of(args) if has_room(one[0], device)]
-    total = len(MODES) * sum(len(shares) for _, _, shares in plan)
-    found = measure_all(
-        run, make_cases(plan, args.quick, args.seed, runnable, device), total, rows_of
-    )
+    plans = [plan for plan in plans_of(args) if has_room(plan.shape, device)]
+    found = measure_all(plans, runnable, run, rows_of)
     run.conclude(rows.NOTES)
 
     hidden_size, vocab_size = MODELLED
-    modelled = model.modelled(
-        "Qwen2.5-0.5B", hidden_size, vocab_size, SHARES, {TRAINED: False, FROZEN: True}
-    )
+    modelled = model.modelled("Qwen2.5-0.5B", hidden_size, vocab_size, SHARES)
     print(f"modelled for a GPU, not measured: H = {hidden_size}, V = {vocab_size}")
     print(report.table(modelled), model.NOTES, sep="\n", end="\n\n")
     heading = f"{HEADLINE}, float32, forward + backward; errors: all"
@@ -90,44 +83,33 @@ def main(argv: list[str] | None = None) -> int:
     return run.write(name, found, {"": rows.plot}, {"-modelled": modelled})
 
 
-def make_cases(
-    plan: Plan, quick: bool, seed: int, peers: list[Peer], device: torch.device
-) -> Iterator[Case]:
-    """Yield a case for each shape, dtype, share and mode."""
-    generator = torch.Generator(device).manual_seed(seed)
-    for shape, dtype, shares in plan:
-        batch = make_batch(shape, dtype, generator)
-        sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
-        group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
-        for scored in map(batch.scoring, shares):
-            for passes, head in MODES:
-                at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BACKWARD)
-                is_judged = at_headline and (scored.share, head) in rows.JUDGED
-                is_quoted = is_judged and (scored.share, head) == rows.JUDGED[0]
-                is_repeated = (is_judged or device.type == "cuda") and not quick
-                place = Place(is_quoted, passes == BACKWARD, all_scored=scored.share == 1)
-                yield Case(
-                    group=group,
-                    batch=scored,
-                    passes=passes,
-                    peers=[peer for peer in peers if peer.serves(place)],
-                    rounds=ROUNDS if is_repeated else OTHER_ROUNDS,
-                    min_run_s=None,
-                    trains_weight=head == TRAINED,
-                )
-
-
-def plan_of(args: argparse.Namespace) -> Plan:
+def plans_of(args: argparse.Namespace) -> list[Plan]:
     """What is measured."""
     shapes = [{**SHAPES, **GPU_SHAPES}[name] for name in args.model]
     if args.quick:
-        shapes = [dataclasses.replace(s, seq_len=min(s.seq_len, QUICK_SEQ_LEN)) for s in shapes]
+        shapes = [shape._replace(seq_len=min(shape.seq_len, QUICK_SEQ_LEN)) for shape in shapes]
     if args.device.startswith("cuda"):
-        return [(shape, torch.bfloat16, args.share) for shape in shapes]
-    plan = [(shape, torch.float32, args.share) for shape in shapes]
-    bfloat16_shares = [share for share in BFLOAT16_SHARES if share in args.share]
-    plan += [(s, torch.bfloat16, bfloat16_shares) for s in shapes if s.name == HEADLINE]
-    return [(shape, dtype, shares) for shape, dtype, shares in plan if shares]
+        return [make_plan(shape, torch.bfloat16, args.share, args) for shape in shapes]
+    plans = [make_plan(shape, torch.float32, args.share, args) for shape in shapes]
+    shares = [share for share in BFLOAT16_SHARES if share in args.share]
+    headline = [shape for shape in shapes if shape.name == HEADLINE and shares]
+    return plans + [make_plan(shape, torch.bfloat16, shares, args) for shape in headline]
+
+
+def make_plan(
+    shape: Shape, dtype: torch.dtype, shares: list[float], args: argparse.Namespace
+) -> Plan:
+    settings = []
+    for share, (passes, head) in itertools.product(shares, MODES):
+        at_headline = (shape.name, dtype, passes) == (HEADLINE, torch.float32, BOTH)
+        is_judged = at_headline and (share, head) in rows.JUDGED
+        is_quoted = is_judged and (share, head) == rows.JUDGED[0]
+        is_repeated = (is_judged or args.device.startswith("cuda")) and not args.quick
+        effort = REPEATED if is_repeated else ONCE
+        settings.append(Setting(share, passes, effort, head == TRAINED, is_quoted))
+    sizes = f"H = {shape.hidden_size}, V = {shape.vocab_size}"
+    group = f"{shape.name}: {sizes}, {shape.batch * shape.seq_len} tokens, {dtype}"
+    return Plan(group, shape, dtype, settings, upstream_of_simpo)
 
 
 def has_room(shape: Shape, device: torch.device) -> bool:

@@ -8,8 +8,9 @@ over 1 to 64 GPUs are modelled.
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,13 +21,24 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
 from processes import run_processes
 
 from benchmarks.common import command
+from benchmarks.common.batches import Shape
 from benchmarks.common.command import Run
-from benchmarks.common.report import BACKWARD, Figure, Figures, Line, draw_lines, drawing
+from benchmarks.common.report import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Figure,
+    Figures,
+    Line,
+    draw_lines,
+    drawing,
+    figures,
+)
 from benchmarks.parallel import ways
 from benchmarks.parallel.model import GPUS_OF_A_MACHINE, Step, cost, seconds
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-NAMES = list(ways.WAYS)
+SENT_FORWARD, SENT_BACKWARD = (f"bytes that leave a GPU, {p}" for p in (FORWARD, BACKWARD))
 # Nats: products rounded to bfloat16 put logits of spread 3 off by up to 0.03 each.
 ALLOWED = 0.02
 
@@ -35,96 +47,76 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     run = Run("bench_parallel", parse_args, argv)
     args = run.args
-    batch = ways.Batch(4, args.tokens, 64, args.vocab, 0.5, args.seed)
+    shape = Shape(4, args.tokens, args.vocab, hidden_size=64)
     run.descriptions |= ways.DESCRIPTIONS
     run.announce(
         "torch",
         vocab_size=args.vocab,
-        tokens=batch.batch * batch.seq_len,
-        hidden_size=batch.hidden_size,
+        tokens=shape.batch * shape.seq_len,
+        hidden_size=shape.hidden_size,
         modelled_step=Step(),
     )
-    rows = Figures()
-    wrong: list[str] = []
+    measured, wrong = Figures(), []
     for size in args.processes:
-        ranks = run_processes(ways.measure, size, batch, NAMES)
-        for name in NAMES:
+        ranks = run_processes(ways.measure, size, shape, args.seed)
+        for name in ways.WAYS:
             of_ranks = [rank[name] for rank in ranks]
-            rows += measured_rows(name, size, of_ranks)
+            measured += measured_rows(name, size, of_ranks)
             if not all(torch.equal(x["values"], of_ranks[0]["values"]) for x in of_ranks):
                 wrong.append(f"{name}: ranks of {size} have other bits")
             if max(x["error"] for x in of_ranks) > ALLOWED:
                 wrong.append(f"{name}, {size} processes: error {of_ranks[0]['error']:.2g}")
     if wrong:
         return run.refuse(wrong, "nothing is reported")
-    rows += modelled_rows()
-    print(f"\n{table(rows, args.processes, MEASURED)}")
-    print(f"\nmodelled, not measured: {Step()}\n\n{table(rows, GPUS, MODELLED)}")
+    modelled = modelled_rows()
+    print(f"\n{table(measured, args.processes)}")
+    print(f"\nmodelled, not measured: {Step()}\n\n{table(modelled, GPUS)}")
     run.conclude("measured and counted on this machine; a time there says nothing of GPUs")
-    return run.write("parallel", rows, {"": plot})
+    return run.write("parallel", [*measured, *modelled], {"": plot})
 
 
-MEASURED = (
-    "largest error of a value",
-    "bytes a scored token that leave a rank, forward",
-    "bytes a scored token that leave a rank, backward",
-    "collectives",
-)
-MODELLED = (
-    "time",
-    "time of products",
-    "time of memory",
-    "time of communication",
-    "peak memory",
-    "bytes that leave a GPU, forward",
-    "bytes that leave a GPU, backward",
-    "products",
-)
+def measured_rows(name: str, size: int, of_ranks: list[dict[str, Any]]) -> Figures:
+    keys = ("error", "calls", "num_scored", FORWARD, BACKWARD)
+    largest = {key: float(max(rank[key] for rank in of_ranks)) for key in keys}
+    measured = {"largest error of a value": ("nats", largest["error"])}
+    counted = {
+        f"bytes a scored token that leave a rank, {passes}": (
+            "bytes",
+            largest[passes] / largest["num_scored"],
+        )
+        for passes in (FORWARD, BACKWARD)
+    }
+    counted["collectives"] = ("", largest["calls"])
+    place = (name, BOTH, str(size), "")
+    return Figures([*figures(*place, "measured", measured), *figures(*place, "counted", counted)])
 
 
-def figure(impl: str, ranks: int, quantity: str, unit: str, value: float, how: str) -> Figure:
-    return Figure(impl, BACKWARD, str(ranks), "", quantity, unit, value, how)
-
-
-def measured_rows(name: str, size: int, of_ranks: list[dict[str, float]]) -> Iterator[Figure]:
-    def largest(key: str) -> float:
-        return float(max(rank[key] for rank in of_ranks))
-
-    num_scored = largest("num_scored")
-    error, forward, backward, calls = MEASURED
-    yield figure(name, size, error, "nats", largest("error"), "measured")
-    yield figure(name, size, forward, "bytes", largest("forward") / num_scored, "counted")
-    yield figure(name, size, backward, "bytes", largest("backward") / num_scored, "counted")
-    yield figure(name, size, calls, "", largest("calls"), "counted")
-
-
-def modelled_rows() -> Iterator[Figure]:
-    step = Step()
-    for name, gpus in itertools.product(NAMES, GPUS):
+def modelled_rows() -> Figures:
+    step, result = Step(), Figures()
+    for name, gpus in itertools.product(ways.WAYS, GPUS):
         one = cost(name, step, gpus)
         times = seconds(one, gpus)
         values = {
-            "time": (sum(times.values()) * 1e3, "ms"),
-            **{f"time of {part}": (each * 1e3, "ms") for part, each in times.items()},
-            "peak memory": (one.memory_bytes / 2**20, "MiB"),
-            "bytes that leave a GPU, forward": (one.forward_bytes / 2**20, "MiB"),
-            "bytes that leave a GPU, backward": (one.backward_bytes / 2**20, "MiB"),
-            "products": (one.flops / 1e12, "TFLOP"),
+            "time": ("ms", sum(times.values()) * 1e3),
+            **{f"time of {part}": ("ms", each * 1e3) for part, each in times.items()},
+            "peak memory": ("MiB", one.memory_bytes / 2**20),
+            SENT_FORWARD: ("MiB", one.forward_bytes / 2**20),
+            SENT_BACKWARD: ("MiB", one.backward_bytes / 2**20),
+            "products": ("TFLOP", one.flops / 1e12),
         }
-        for quantity, (value, unit) in values.items():
-            yield figure(name, gpus, quantity, unit, value, "modelled")
+        result += figures(name, BOTH, str(gpus), "", "modelled", values)
+    return result
 
 
-def table(rows: Figures, ranks: Sequence[int], quantities: Sequence[str]) -> str:
+def table(rows: Iterable[Figure], ranks: Sequence[int]) -> str:
     """A line an implementation and quantity, a column a number of ranks."""
     cells = {str(n): ("{:.3g}", dict(where=str(n))) for n in ranks}
-    some = Figures(row for row in rows if row.quantity in quantities)
-    return some.pivot({"quantity": "quantity", "way": "impl", "unit": "unit"}, cells)
+    return Figures(rows).pivot({"quantity": "quantity", "way": "impl", "unit": "unit"}, cells)
 
 
-def plot(path: Path, rows: Figures, machine: str) -> None:
+def plot(path: Path, rows: Sequence[Figure], machine: str) -> None:
     """Draw modelled time, memory and sent bytes over the number of GPUs."""
-    step = Step()
+    step, found = Step(), Figures(rows)
     title = (
         f"the head of a preference step, forward + backward: {step.num_scored} scored tokens, "
         f"H = {step.hidden_size}, V = {step.vocab_size}, bfloat16, H100: modelled, not measured\n"
@@ -133,14 +125,14 @@ def plot(path: Path, rows: Figures, machine: str) -> None:
     units = {
         "modelled ms": ["time"],
         "modelled peak memory of a GPU, MiB": ["peak memory"],
-        "bytes that leave a GPU, MiB": [q for q in MODELLED if q.startswith("bytes that leave")],
+        "bytes that leave a GPU, MiB": [SENT_FORWARD, SENT_BACKWARD],
     }
 
     def line(name: str, quantities: Sequence[str]) -> Line:
-        values = {n: [rows.value(q, impl=name, where=str(n)) for q in quantities] for n in GPUS}
+        values = {n: [found.value(q, impl=name, where=str(n)) for q in quantities] for n in GPUS}
         return [(n, sum(some)) for n, some in values.items()]
 
-    panels = {unit: {name: line(name, of) for name in NAMES} for unit, of in units.items()}
+    panels = {unit: {name: line(name, of) for name in ways.WAYS} for unit, of in units.items()}
     with drawing(path, title, num_axes=3, figsize=(15, 5)) as axes:
         draw_lines(axes, panels, "GPUs that share the vocabulary", {n: str(n) for n in GPUS})
         for axis in axes:

@@ -6,7 +6,9 @@ Results are compared with float64 first: where they are wrong nothing is timed, 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,13 +17,14 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command, measure, report
-from benchmarks.common.cases import measure_all
+from benchmarks.common.batches import Shape
+from benchmarks.common.cases import Effort, Plan, Setting, measure_all
 from benchmarks.common.check import check_batches, complaints
 from benchmarks.common.command import Run
+from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.vocab import first_call, rows
-from benchmarks.vocab.cases import Effort, Size, check_batch, make_cases, rows_of
 from benchmarks.vocab.judged import judge
-from benchmarks.vocab.peers import LOG_SOFTMAX, candidates
 from benchmarks.vocab.sentences import sentences
 
 BATCH = 8  # sequences, over vocabulary sizes
@@ -56,19 +59,17 @@ def main(argv: list[str] | None = None) -> int:
     ours = [peer for peer in runnable if peer.ours]
     plain = next(peer for peer in runnable if peer.name == LOG_SOFTMAX)
     dtypes = [getattr(torch, name) for name in args.dtype]
-    wrong = complaints(ours, plain, check_batches(check_batch, dtypes, device), device)
+    wrong = complaints(ours, plain, check_batches(dtypes, device), device)
     if wrong:
         return run.refuse(wrong)
 
     copy_numel = min(COPY_NUMEL[device.type], measure.free_bytes(device) // 32)
     copy = measure.copy_gb_per_s(device, numel=copy_numel, min_run_s=0.5)
     run.announce("torch", "triton", "numba", copy_gb_per_s=round(copy, 2))
-    generator = torch.Generator(device).manual_seed(args.seed)
     found: list[rows.Row] = []
-    for part, sizes in sizes_of(args, device).items():
-        cases = (case for size in sizes for case in make_cases(size, runnable, generator))
-        total = sum(size.num_cases for size in sizes)
-        found += measure_all(run, cases, total, partial(rows_of, copy_gb_per_s=copy, part=part))
+    for part, plans in plans_of(args, device).items():
+        rows_of = partial(rows.rows_of, copy_gb_per_s=copy, part=part)
+        found += measure_all(plans, runnable, run, rows_of)
     first_calls = first_call.measure(args.device, args.backend) if args.first_calls else []
     if first_calls:
         print(f"\nthe first call of a process\n{report.table(first_calls)}")
@@ -82,30 +83,48 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def sizes_of(args: argparse.Namespace, device: torch.device) -> dict[str, list[Size]]:
+def plans_of(args: argparse.Namespace, device: torch.device) -> dict[str, list[Plan]]:
     """What is measured, by part: batches that memory has room for."""
     most = measure.free_bytes(device) // BYTES_PER_LOGIT
     threads = torch.get_num_threads()
-    settings = [(threads, 0)]
-    vocabulary = []
+    load = [(threads, 0)]
+    vocabulary, sizes = [], []
     for vocab_size in args.vocab:
         is_headline = vocab_size == HEADLINE
         num_logits, effort = EFFORTS[device.type][not is_headline]
         if args.quick:
             num_logits, effort = QUICK_EFFORTS[device.type]
-        seq_len = num_logits // (BATCH * vocab_size)
-        size = Size(BATCH, seq_len, vocab_size, effort, args.dtype, args.share, settings)
-        vocabulary.append(size.within(most)._replace(is_headline=is_headline))
-    sizes = []
-    for shape in args.sizes:
-        size = Size(*shape, SMALL_EFFORT, args.dtype, [1.0], settings).within(most)
-        if size.num_logits > LARGE:
-            size = size._replace(effort=LARGE_EFFORT, dtypes=args.dtype[:1])
-        elif device.type == "cpu":
-            more = [(1, 0)] * (threads > 1) + [(threads, 1)] * (shape == NEIGHBOURED)
-            size = size._replace(settings=[*settings, *more])
-        sizes.append(size)
+        shape = Shape(BATCH, num_logits // (BATCH * vocab_size), vocab_size).within(most)
+        vocabulary += make_plans(shape, args.dtype, effort, args.share, load, is_headline)
+    for size in args.sizes:
+        shape = Shape(*size).within(most)
+        if shape.num_logits > LARGE:
+            sizes += make_plans(shape, args.dtype[:1], LARGE_EFFORT, [1.0], load)
+            continue
+        more = [(1, 0)] * (threads > 1) + [(threads, 1)] * (size == NEIGHBOURED)
+        loads = load + more * (device.type == "cpu")
+        sizes += make_plans(shape, args.dtype, SMALL_EFFORT, [1.0], loads)
     return {rows.VOCABULARY: vocabulary, rows.SIZES: sizes}
+
+
+def make_plans(
+    shape: Shape,
+    dtypes: Sequence[str],
+    effort: Effort,
+    shares: Sequence[float],
+    loads: Sequence[tuple[int, int]],
+    is_headline: bool = False,
+) -> list[Plan]:
+    """A plan for each dtype.
+
+    Args:
+        loads: threads of PyTorch, and other processes that each keep a core busy.
+    """
+    every = product(shares, loads, (FORWARD, BOTH))
+    settings = [
+        Setting(share, passes, effort, True, is_headline, *load) for share, load, passes in every
+    ]
+    return [Plan(str(shape), shape, getattr(torch, dtype), settings) for dtype in dtypes]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

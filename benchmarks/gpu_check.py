@@ -7,10 +7,9 @@ each step, so that a run that is stopped loses nothing.
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
-import re
+import platform
 import shlex
 import shutil
 import signal
@@ -21,11 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # a script: the checkout's packages, and none of benchmarks/ at the top level
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.common.command import ROOT, version
+from benchmarks.common.report import file_stem
+
 SANITIZER = "compute-sanitizer"
 SANITIZED = (
     "garbage or in_place or every_dtype"  # tests of tests/test_gpu.py: one of each stage and layout
 )
+# Two vocabularies: torch.compile, among the peers, starts anew for each.
+VOCAB_OPTIONS = "--no-first-calls --sizes --dtype bfloat16 --vocab 6400 128256"
 VERSIONS = ("torch", "triton", "numpy")
 # Without them steps are left out or are less: tests are skipped, peers are not timed.
 WANTED = (
@@ -65,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; return the exit status."""
     args = parse_args(argv)
     machine = find_machine()
-    folder = args.output or ROOT / "out" / f"gpu-check-{stem(machine.name if machine else 'none')}"
+    folder = (
+        args.output or ROOT / "out" / f"gpu-check-{file_stem(machine.name if machine else 'none')}"
+    )
     steps = plan(machine or Machine("none", GIB_PER_PROCESS, os.cpu_count() or 1), folder)
     if args.only:
         unknown = set(args.only) - {step.name for step in steps}
@@ -141,19 +149,7 @@ def plan(machine: Machine, folder: Path) -> list[Step]:
         sanitizer("memcheck", 45),
         benchmark("host", 35, *plots),
         benchmark("kernels", 50, *plots),
-        # Two vocabularies: torch.compile, among the peers, starts anew for each.
-        benchmark(
-            "vocab",
-            70,
-            *plots,
-            "--no-first-calls",
-            "--sizes",
-            "--dtype",
-            "bfloat16",
-            "--vocab",
-            "6400",
-            "128256",
-        ),
+        benchmark("vocab", 70, *plots, *VOCAB_OPTIONS.split()),
         benchmark("linear", 70, *plots),
         sanitizer("racecheck", 40),
     ]
@@ -242,7 +238,7 @@ def run(step: Step, log: Path, limit_s: float) -> Outcome:
     lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
     if outcome != "ok":
         print(*lines[-40:], sep="\n", flush=True)
-    last_line = re.split(r"\r", lines[-1])[-1].strip("= ") if lines else ""
+    last_line = lines[-1].rpartition("\r")[-1].strip("= ") if lines else ""
     return Outcome(step.name, outcome, seconds, last_line[:100])
 
 
@@ -258,23 +254,14 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 
 def heading(machine: Machine) -> str:
     """Return the machine, versions, and what is missing."""
-    found = {name: version(name) for name in VERSIONS}
+    versions = [f"Python {platform.python_version()}"]
+    versions += [f"{name} {version(name)}" for name in VERSIONS]
     missing = [name for name in WANTED if not has(name)]
-    return "\n".join(
-        [
-            f"{machine.name}, {machine.memory_gib:.0f} GiB, {machine.num_cpus} CPU cores",
-            f"Python {sys.version.split()[0]}, "
-            + ", ".join(f"{name} {number}" for name, number in found.items()),
-            f"not installed: {', '.join(missing) or 'nothing that is wanted'}",
-        ]
+    return (
+        f"{machine.name}, {machine.memory_gib:.0f} GiB, {machine.num_cpus} CPU cores\n"
+        f"{', '.join(versions)}\n"
+        f"not installed: {', '.join(missing) or 'nothing that is wanted'}"
     )
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def summary(title: str, outcomes: Sequence[Outcome]) -> str:
@@ -284,11 +271,6 @@ def summary(title: str, outcomes: Sequence[Outcome]) -> str:
 def line(outcome: Outcome) -> str:
     text = f"{outcome.step:<14}{outcome.seconds:6.1f} s  {outcome.outcome}"
     return f"{text}; {outcome.last_line}" if outcome.last_line else text
-
-
-def stem(name: str) -> str:
-    """A file's name from a machine's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ class Device(NamedTuple):
     float64_lanes: int  # of a multiprocessor, a clock
     float64_latency: float  # cycles until a result can be used
 
+    def memory_seconds(self, num_bytes: float) -> float:
+        """Of a kernel that only streams them."""
+        return num_bytes / (self.bytes_per_s * self.streaming_efficiency)
+
 
 # Sources. Memory speed, multiprocessors and boost clock are those of the vendors' data sheets and
 # architecture white papers, quoted from memory where no more is said. float64_lanes: CUDA C++

@@ -42,6 +42,10 @@ class Counts(NamedTuple):
     distinct: Counter[str]  # "load", ... -> bytes; a word that lanes access together counts once
     longest_chain: dict[str, float]  # `clock.CLASSES` -> instructions, of the slowest block
 
+    def executed(self, kind: str) -> int:
+        """Warps that executed an opcode such as ex2, whatever its suffixes."""
+        return sum(n for opcode, n in self.instructions.items() if opcode.split(".")[0] == kind)
+
 
 def run(
     program: Program,

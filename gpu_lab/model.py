@@ -69,7 +69,7 @@ def modelled_time(
         RESOURCES[pipe]: each for pipe, each in pipe_cycles_per_32_logits.items()
     }
     cycles_per_s = device.multiprocessors * device.sub_partitions * device.clock_hz
-    seconds = {"memory": num_bytes / (device.bytes_per_s * device.streaming_efficiency)}
+    seconds = {"memory": device.memory_seconds(num_bytes)}
     seconds |= {name: num_logits / 32 * each / cycles_per_s for name, each in cycles.items()}
     binding = max(seconds, key=lambda name: seconds[name])
     return Modelled(seconds[binding], binding, seconds)
@@ -107,7 +107,7 @@ def launch_seconds(
     chain = sum(latency[name] * n for name, n in counts.longest_chain.items()) + DRAM_CYCLES
     return {
         "launch": LAUNCH_SECONDS,
-        "memory": num_bytes / (device.bytes_per_s * device.streaming_efficiency),
+        "memory": device.memory_seconds(num_bytes),
         "issue slots": per_block * issued * device.issue_cycles / device.sub_partitions,
         "float64": per_block * float64 * WARP / device.float64_lanes,
         "dependent instructions": waves * chain / device.clock_hz,

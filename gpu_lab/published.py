@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .codegen import inspect_kernel
 from .devices import FEW_LANES_LATENCY, H100, LATENCY, Device
 from .driver import emulate
-from .model import DRAM_CYCLES, LAUNCH_SECONDS, launch_seconds, modelled_time, whole
+from .estimate import short_seconds
+from .model import DRAM_CYCLES, LAUNCH_SECONDS, modelled_time
 
 # H20: data sheet: 4.0 TB/s; 78 SMs, from memory. A10G: data sheet 600 GB/s; 80 SMs, 1.71 GHz.
 H20 = Device("H20", "sm_90", 4.0e12, 0.90, 78, 4, 1.98e9, 32, 1.0, 1, LATENCY)
@@ -111,16 +111,7 @@ def _check(one: Published) -> Check:
         rms_norm_kernel[(1,)](
             x, torch.empty_like(x), one.columns, BLOCK=triton.next_power_of_2(one.columns)
         )
-    (launch,) = lab.records
-    assert launch.counts is not None
-    seconds = whole(
-        launch_seconds(
-            one.device,
-            launch.counts,
-            num_blocks=one.rows,
-            blocks_per_multiprocessor=inspect_kernel(launch.kernel).blocks,
-            num_bytes=2.0 * one.rows * one.columns * one.tensors,
-        )
-    )
+    num_bytes = 2.0 * one.rows * one.columns * one.tensors
+    seconds = short_seconds(one.device, lab.records[0], one.rows, num_bytes)
     what = f"{one.what}, {one.rows} x {one.columns}"
     return Check(what, one.device.name, seconds * 1e6, one.us, one.source)

@@ -9,19 +9,19 @@ from bench_programs import quick_peaks, quiet_machine, read_csv  # noqa: F401  (
 import dpo_triton
 from benchmarks import bench_dpo_step, bench_linear, bench_parallel, bench_vocab
 from benchmarks.common import command, measure, peers
-from benchmarks.common.cases import Case, measure_case
+from benchmarks.common.batches import Shape
+from benchmarks.common.cases import Case, Setting, measure_case
 from benchmarks.common.peers import Peer
-from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.head import model, rows
-from benchmarks.head.cases import Shape, make_batch
-from benchmarks.head.peers import candidates
+from benchmarks.head.peers import candidates, upstream_of_simpo
 from benchmarks.head.rows import FROZEN, TRAINED, Row
 
 
 @pytest.fixture
 def bench(monkeypatch, quiet_machine, quick_peaks):  # noqa: F811
     """The program on tiny shapes: a vocabulary of more than one tile, and one of less."""
-    shapes = (Shape(bench_linear.HEADLINE, 24, 4099, 4, 32), Shape("b", 16, 257, 2, 8))
+    shapes = (Shape(4, 32, 4099, 24, bench_linear.HEADLINE), Shape(2, 8, 257, 16, "b"))
     monkeypatch.setattr(bench_linear, "SHAPES", {shape.name: shape for shape in shapes})
     return bench_linear
 
@@ -93,11 +93,11 @@ def test_a_peer_that_fails_is_named_and_ours_is_not_forgiven(bench, monkeypatch,
     out, _ = capsys.readouterr()
     assert "not run: broken: RuntimeError: no memory, for the test: 9 times, at first with b" in out
 
-    batch = make_batch(bench.SHAPES["b"], torch.float32, torch.Generator())
+    batch = bench.SHAPES["b"].draw(torch.float32, torch.Generator(), upstream_of_simpo)
     ours = Peer("ours", "", lambda: refuse, ours=True)
     run = command.Run("bench_linear", bench.parse_args, ["--no-plot"])
     with pytest.raises(RuntimeError, match="no memory"):
-        measure_case(Case("", batch, FORWARD, [ours], 1, None), run)
+        measure_case(Case(batch, Setting(1.0, FORWARD, bench_linear.ONCE)), [ours], run)
 
 
 def test_who_cannot_run_is_named():
@@ -124,7 +124,7 @@ def test_goals_follow_from_the_rows():
     def row(impl, ms, **more):
         cells = dict(
             impl=impl, model="m", hidden_size=8, vocab_size=1000, batch=4, seq_len=16,
-            dtype="float32", scored_share=0.45, passes=BACKWARD, head=TRAINED, ms=ms,
+            dtype="float32", scored_share=0.45, passes=BOTH, head=TRAINED, ms=ms,
             ms_p20=ms, ms_p80=ms, samples=1, peak_mib=60.0, value_error=1e-6, value_rounding=5e-7,
             hidden_grad_error=1e-6, hidden_grad_rounding=1e-7, weight_grad_error=2e-6,
             weight_grad_rounding=1e-7, of_floor=None,
@@ -157,9 +157,7 @@ def test_goals_follow_from_the_rows():
 
 def test_modelled_counts():
     """By hand, of 16 columns a token: one tile for both, H = 2, all of 8192 tokens scored."""
-    trl, ours, trl_frozen, ours_frozen = model.modelled(
-        "m", 2, 16, [1.0], {"trained": False, "frozen": True}
-    )
+    trl, ours, trl_frozen, ours_frozen = model.modelled("m", 2, 16, [1.0])
     assert (trl.tiles, ours.tiles) == (2, 1)  # TRL's have 4096 tokens
     assert (trl.products, trl_frozen.products, ours_frozen.products) == (4, 3, 2)
     assert ours.products == 3  # the one tile is kept for the backward pass
@@ -187,16 +185,18 @@ def test_a_partial_run_does_not_replace_the_whole_one():
 
 def test_on_a_gpu_it_measures_larger_heads_in_bfloat16(monkeypatch, capsys):
     args = bench_linear.parse_args(["--device", "cuda"])
-    plan = bench_linear.plan_of(args)
-    assert [shape.name for shape, _, _ in plan] == list(bench_linear.GPU_SHAPES)
-    assert {(dtype, *shares) for _, dtype, shares in plan} == {(torch.bfloat16, 1.0)}
-    tokens = [shape.batch * shape.seq_len for shape, _, _ in plan]
+    plans = bench_linear.plans_of(args)
+    shapes = [plan.shape for plan in plans]
+    assert [shape.name for shape in shapes] == list(bench_linear.GPU_SHAPES)
+    settings = {(plan.dtype, setting.share) for plan in plans for setting in plan.settings}
+    assert settings == {(torch.bfloat16, 1.0)}
+    tokens = [shape.batch * shape.seq_len for shape in shapes]
     assert tokens == 2 * [1024, 8 * 1024, 64 * 1024]
-    assert all(shape.vocab_size == 151936 and shape.batch % 2 == 0 for shape, _, _ in plan)
+    assert all(shape.vocab_size == 151936 and shape.batch % 2 == 0 for shape in shapes)
 
     monkeypatch.setattr(measure, "free_bytes", lambda device: 24 * 2**30)
     device = torch.device("cuda")
-    fits = [shape.name for shape, _, _ in plan if bench_linear.has_room(shape, device)]
+    fits = [shape.name for shape in shapes if bench_linear.has_room(shape, device)]
     assert fits == ["H896-1k", "H896-8k", "H896-64k", "H4096-1k", "H4096-8k"]
     assert "left out: H4096-64k needs 27 GiB" in capsys.readouterr().out
 

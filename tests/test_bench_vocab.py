@@ -16,13 +16,12 @@ import dpo_triton
 from benchmarks import bench_vocab
 from benchmarks.common import command, goals, measure
 from benchmarks.common.command import ROOT
+from benchmarks.common.logits_peers import LOG_SOFTMAX, candidates
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, FORWARD
-from benchmarks.vocab import first_call, rows
-from benchmarks.vocab.cases import Effort
+from benchmarks.common.report import BOTH, FORWARD
+from benchmarks.vocab import first_call
 from benchmarks.vocab.first_call import FirstCall
 from benchmarks.vocab.judged import judge
-from benchmarks.vocab.peers import LOG_SOFTMAX, candidates
 from benchmarks.vocab.rows import SIZES, VOCABULARY, Row
 
 TINY = ["--vocab", "257", "--dtype", "float32", "--device", "cpu", "--no-plot"]
@@ -32,7 +31,7 @@ TINY += ["--no-first-calls", "--sizes"]
 @pytest.fixture
 def bench(monkeypatch, quiet_machine, quick_peaks):  # noqa: F811
     """The program, with little effort."""
-    effort = Effort(2, 1e-3, 2)
+    effort = bench_vocab.Effort(2, 1e-3, 2)
     monkeypatch.setattr(bench_vocab, "EFFORTS", {"cpu": ((2**14, effort),) * 2})
     monkeypatch.setattr(bench_vocab, "SMALL_EFFORT", effort)
     monkeypatch.setattr(bench_vocab, "COPY_NUMEL", {"cpu": 2**16})
@@ -151,7 +150,7 @@ def test_goals_of_sizes_neighbours_and_first_calls():
 def row(impl, ms, **more):
     cells = dict(
         impl=impl, vocab_size=1000, batch=8, seq_len=128, dtype="bfloat16", scored_share=1.0,
-        passes=BACKWARD, ms=ms, ms_p20=ms, ms_p80=ms, samples=1, glogits_per_s=1.0,
+        passes=BOTH, ms=ms, ms_p20=ms, ms_p80=ms, samples=1, glogits_per_s=1.0,
         copy_share=0.1, peak_mib=3.0, value_error=1e-6, value_rounding=5e-7, grad_error=1e-3,
         grad_rounding=2e-3, speedup=None, part=VOCABULARY, threads=2, neighbours=0,
     )  # fmt: skip
@@ -163,12 +162,13 @@ def row(impl, ms, **more):
     [
         ("forward", 1000, 2000),
         ("forward", 500, 1000),
+        ("backward", 500, 3000),
         ("forward+backward", 1000, 6000),  # two reads and a write
         ("forward+backward", 500, 4000),  # the gradient's zeros are written too
     ],
 )
 def test_least_bytes_of_bfloat16(passes, num_scored, expected):
-    assert rows.least_bytes(1000, num_scored, 2, passes) == expected
+    assert measure.least_bytes(1000, num_scored, 2)[passes] == expected
 
 
 def test_peak_counts_what_a_call_holds(quiet_machine):  # noqa: F811
@@ -273,12 +273,14 @@ def test_only_what_was_measured_is_drawn(bench, tmp_path, monkeypatch):
 def test_sizes_are_within_memory(monkeypatch):
     monkeypatch.setattr(measure, "free_bytes", lambda device: 64 * 2**27)
     args = bench_vocab.parse_args(["--device", "cpu"])
-    parts = bench_vocab.sizes_of(args, torch.device("cpu"))
-    assert [size.vocab_size for size in parts[VOCABULARY]] == bench_vocab.VOCAB_SIZES
-    *others, largest = parts[SIZES]
-    assert largest.num_logits <= 2**27 < 8 * 512 * 151936
-    assert (largest.dtypes, largest.effort.min_run_s) == (["bfloat16"], None)
-    assert [size.dtypes for size in others] == [bench_vocab.DTYPES] * 5
+    parts = bench_vocab.plans_of(args, torch.device("cpu"))
+    vocab_sizes = dict.fromkeys(plan.shape.vocab_size for plan in parts[VOCABULARY])
+    assert list(vocab_sizes) == bench_vocab.VOCAB_SIZES
+    *others, largest = parts[SIZES]  # the largest with one dtype
+    assert largest.shape.num_logits <= 2**27 < 8 * 512 * 151936
+    assert largest.dtype == torch.bfloat16
+    assert {setting.effort.min_run_s for setting in largest.settings} == {None}
+    assert [plan.dtype for plan in others] == [torch.bfloat16, torch.float32] * 5
 
 
 def test_a_first_call_is_that_of_a_new_process(monkeypatch, capsys):
@@ -293,8 +295,8 @@ def test_a_first_call_is_that_of_a_new_process(monkeypatch, capsys):
     monkeypatch.setattr(first_call, "PROGRAM", keeps)
     found = first_call.measure("cpu", "torch")
     assert [(call.cache, call.passes, call.seconds) for call in found] == [
-        ("empty", FORWARD, 0.0), ("empty", BACKWARD, 0.5),
-        ("filled", FORWARD, 1.0), ("filled", BACKWARD, 1.5),
+        ("empty", FORWARD, 0.0), ("empty", BOTH, 0.5),
+        ("filled", FORWARD, 1.0), ("filled", BOTH, 1.5),
     ]  # fmt: skip
 
 

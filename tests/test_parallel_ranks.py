@@ -8,6 +8,7 @@ import torch
 from parallel_cases import Case, of_ranks
 from processes import run_processes
 
+from benchmarks.common.batches import Shape
 from benchmarks.common.peers import OURS
 from benchmarks.parallel import model, ways
 from dpo_triton import VocabShard, fused_seq_logprob
@@ -26,7 +27,7 @@ PEAKS = {
 
 
 # Of the benchmark: shards of one width, as its model has them.
-BENCHMARK = ways.Batch(4, 8, 16, 4 * 5000, 0.5, seed=0)
+BENCHMARK = Shape(4, 8, 4 * 5000, hidden_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def results(seed: int, device: torch.device) -> list[dict[str, Any]]:
     every["missing"] = Case(cases.missing_rank_case, dict(wrong_rank=0, timeout_s=1.5))
     for case in every.values():
         case.options["device"] = device
-    every["benchmark"] = Case(ways.measure, dict(batch=BENCHMARK, ways=list(ways.WAYS)))
+    every["benchmark"] = Case(ways.measure, dict(shape=BENCHMARK, seed=0))
     return run_processes(cases.run, SIZE, every, seed)
 
 

@@ -22,13 +22,15 @@ if not __package__:  # a script: the checkout's packages, and none of benchmarks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import command
-from benchmarks.common.peers import collect
-from benchmarks.common.report import FORWARD, Figures, aligned
-from benchmarks.common.token_logps import module
-from benchmarks.kernel.counts import ALL, BACKWARD, complaint, count, make_inputs, read_loop
-from benchmarks.kernel.model import modelled_rows
-from benchmarks.kernel.peers import KernelPeer, candidates
-from benchmarks.kernel.rows import BINDING, TIME, next_resource
+from benchmarks.common.batches import Shape
+from benchmarks.common.logits_peers import kernels, module
+from benchmarks.common.peers import Peer
+from benchmarks.common.report import BACKWARD, FORWARD, Figures, aligned
+from benchmarks.kernel.cases import ALL, complaint, make_inputs
+from benchmarks.kernel.counts import count
+from benchmarks.kernel.figures import modelled
+from benchmarks.kernel.tables import BINDING, TIME
+from gpu_lab import model
 from gpu_lab.devices import DEVICES
 from gpu_lab.driver import emulate
 
@@ -38,6 +40,7 @@ BLOCKS, THREADS = (512, 1024, 2048, 4096), (32, 64, 128, 256)
 QUICK_BLOCKS, QUICK_THREADS = (1024, 2048), (64,)
 BATCH, SEQ_LEN = 1, 2
 GPU_ROWS = 4096
+RESOURCES = ("memory", "issue slots", *model.RESOURCES.values())
 NOTES = """
 exp2, PTX: executed in the emulator, per logit. SASS: of the loop's shortest way round, per logit.
 modelled: ms for 8192 rows, the resource that binds, and the share of that time of the next one."""
@@ -94,21 +97,20 @@ def try_setting(
 ) -> tuple[list[str], str | None]:  # fmt: skip
     """Return the cells of its line, and what is wrong with its results, or None."""
     passes = PASSES[kernel]
-    peer = collect(candidates(dtype)[:1])[0][0]  # this package
+    peer = kernels()[0]  # this package
     logits = torch.randn(BATCH, SEQ_LEN, vocab_size).mul_(3).to(dtype)
     inputs = make_inputs(logits, torch.randint(vocab_size, (BATCH, SEQ_LEN)), ALL)
     with launched_with(kernel, setting):
         counted = count(peer, inputs, target)
-        loop = read_loop(counted.streaming[passes], dtype)
+        loop = counted.loops()[passes]
         measured = [f"{measure_ms(peer, passes, vocab_size, dtype):.3f}"] if has_gpu() else []
-    assert loop is not None
-    rows = Figures(modelled_rows(peer.name, inputs, counted.work, {(target, passes): loop}))
+    rows = modelled(peer.name, inputs, counted.work, {target: {passes: loop}})
     work, code = counted.work[passes], loop.codegen
-    modelled = []
+    times = []
     for device in devices:
         key = dict(passes=passes, where=device)
         ms, (resource, next_ms) = rows.value(TIME, **key), next_resource(rows, **key)
-        modelled.append(f"{ms:.3f} {rows.value(BINDING, **key)}, {resource} {next_ms / ms:.0%}")
+        times.append(f"{ms:.3f} {rows.value(BINDING, **key)}, {resource} {next_ms / ms:.0%}")
     cells = [
         *(str(setting.block), str(setting.threads), str(code.num_warps)),
         *(str(setting.block // setting.threads), str(code.registers), str(code.spills)),
@@ -117,7 +119,16 @@ def try_setting(
         f"{work.instructions / logits.numel():.2f}",
         f"{loop.instructions('shortest'):.2f}",
     ]
-    return [*cells, *modelled, *measured], complaint(peer, inputs, counted)
+    return [*cells, *times, *measured], complaint(peer, inputs, counted.values, counted.grad)
+
+
+def next_resource(rows: Figures, **where: str) -> tuple[str, float]:
+    """Return what takes a kernel longest but for what binds it, and its modelled time in ms."""
+    binding = rows.value(BINDING, **where)
+    times = {name: rows.value(f"{TIME} of {name} in the kernel", **where) for name in RESOURCES}
+    others = {name: ms for name, ms in times.items() if ms is not None and name != binding}
+    longest = max(others, key=lambda name: float(others[name]))
+    return longest, float(others[longest])
 
 
 def chosen_setting(kernel: str, vocab_size: int, dtype: torch.dtype) -> tuple[Setting, int]:
@@ -154,12 +165,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def measure_ms(peer: KernelPeer, passes: str, vocab_size: int, dtype: torch.dtype) -> float:
+def measure_ms(peer: Peer, passes: str, vocab_size: int, dtype: torch.dtype) -> float:
     """Median time of one pass over GPU_ROWS rows."""
     from benchmarks.common.measure import times_ms
     from benchmarks.kernel import measure
 
-    logits, labels = measure.random_batch(4, GPU_ROWS // 4, vocab_size, dtype)
+    logits, labels = measure.random_batch(Shape(4, GPU_ROWS // 4, vocab_size), dtype)
     fn = measure.timed(peer, make_inputs(logits, labels, ALL), passes)
     assert fn is not None
     return statistics.median(times_ms(fn, measure.DEVICE, min_run_s=0.1))

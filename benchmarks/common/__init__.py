@@ -1,1 +1,1 @@
-"""What every benchmark uses: peers, cases, goals, reports, measuring, the command line."""
+"""What every benchmark uses: peers, batches, plans, goals, reports, measuring, command line."""

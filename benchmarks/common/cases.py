@@ -1,122 +1,24 @@
-"""A batch, a pass and a setting: every implementation runs on it in turns with the others."""
+"""A batch and a setting: every implementation runs there in turns with the others."""
 
-import dataclasses
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import accuracy, measure, report
+from benchmarks.common import measure, report
+from benchmarks.common.batches import Batch, Shape, increasing, relative_error
 from benchmarks.common.command import Run
-from benchmarks.common.peers import Peer, brief
-from benchmarks.common.report import BACKWARD, FORWARD, shown
-from dpo_triton import reference
+from benchmarks.common.peers import Peer, Place, brief
+from benchmarks.common.report import BOTH, FORWARD, shown
 
 Result = tuple[Tensor, tuple[Tensor, ...]]  # values (B,), and gradients, or none
 HEADS = {True: "trained", False: "frozen"}  # whose weight has no gradient
-DEVIATION = 3.0  # of logits, which are normal
-
-
-@dataclass(frozen=True)
-class Batch:
-    name: str  # of its shape
-    rows: Tensor  # (B, T, V) logits, or (B, T, H) hidden states
-    weight: Tensor | None  # (V, H), the head that hidden states go to
-    labels: Tensor  # (B, T) int64
-    mask: Tensor  # (B, T) int64, 1 where scored
-    share: float  # of the rows scored, as it was asked for
-    upstream: Callable[[Tensor], Tensor]  # values (B,) -> what the loss says of them
-    num_checked: int  # sequences that are compared with float64, the first ones
-
-    @property
-    def vocab_size(self) -> int:
-        return self.rows.shape[-1] if self.weight is None else self.weight.shape[0]
-
-    @property
-    def dtype(self) -> str:
-        return str(self.rows.dtype).removeprefix("torch.")
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.dtype}, {self.share:.0%} scored"
-
-    def scoring(self, share: float) -> "Batch":
-        """The same with a mask: the first part of each sequence, the prompt, is not scored."""
-        seq_len = self.labels.shape[1]
-        mask = torch.ones_like(self.labels)
-        mask[:, : seq_len - max(1, round(share * seq_len))] = 0
-        return dataclasses.replace(self, mask=mask, share=share)
-
-    @cached_property
-    def truth(self) -> tuple[Tensor, ...]:
-        """float64 values (C,) and the loss's gradients of the rows and the weight, of the first
-        sequences, one at a time."""
-        weight = None if self.weight is None else self.weight.double().requires_grad_()
-
-        def value(b: int, rows: Tensor) -> Tensor:
-            scored = self.mask[b] != 0
-            logits = rows[None, scored]
-            logits = logits if weight is None else logits @ weight.T
-            return reference.seq_logprob(logits, self.labels[b : b + 1, scored])[0]
-
-        every = range(self.num_checked)
-        with torch.no_grad():
-            values = torch.stack([value(b, self.rows[b].double()) for b in every])
-        upstream = self.upstream(values).tolist()
-        grads, sums = [], [] if weight is None else [torch.zeros_like(weight, requires_grad=False)]
-        for b in every:
-            leaf = self.rows[b].double().requires_grad_()
-            inputs = [leaf] if weight is None else [leaf, weight]
-            of_rows, *of_weight = torch.autograd.grad(value(b, leaf) * upstream[b], inputs)
-            grads.append(of_rows)
-            for total, part in zip(sums, of_weight, strict=True):
-                total += part
-        return values, torch.stack(grads), *sums
-
-    @cached_property
-    def roundings(self) -> tuple[float, ...]:
-        """Half a unit in the last place of the largest value, in float32 and nats, and of the
-        largest gradients, in their dtype and relative to them."""
-        values, *grads = self.truth
-        of_grads = (accuracy.relative_rounding(grad, self.rows.dtype) for grad in grads)
-        return accuracy.rounding(values, torch.float32), *of_grads
-
-    def call(self, peer: Peer, passes: str, trains_weight: bool = True) -> "Call":
-        """An implementation: without autograd, or with the gradients of the rows and the weight."""
-        overwrites = peer.overwrites_logits and passes == BACKWARD
-        rows = self.rows.clone() if overwrites else self.rows.detach()
-        inputs = [rows] if self.weight is None else [rows, self.weight.detach()]
-
-        def forward() -> Result:
-            with torch.no_grad():
-                result = peer.fn(*inputs, self.labels, self.mask)
-                return result[0] if peer.has_own_loss else result, ()
-
-        if passes == FORWARD:
-            return Call(peer, forward)
-        leaves = inputs if trains_weight else inputs[:1]
-        for leaf in leaves:
-            leaf.requires_grad_()
-
-        def forward_backward() -> Result:
-            result = peer.fn(*inputs, self.labels, self.mask)
-            if peer.has_own_loss:
-                values, loss = result
-                return values.detach(), torch.autograd.grad(loss, leaves)
-            upstream = self.upstream(result.detach())
-            return result.detach(), torch.autograd.grad(result, leaves, upstream)  # no .grad
-
-        def restore() -> None:
-            with torch.no_grad():
-                rows.copy_(self.rows)
-
-        return Call(peer, forward_backward, restore if overwrites else None)
 
 
 @dataclass
@@ -130,6 +32,38 @@ class Call:
     value_error: float = 0.0  # nats
     grad_errors: tuple[float, ...] = ()  # relative to the largest element
     rounds: list[list[float]] = field(default_factory=list)  # samples of each, ms
+
+    @classmethod
+    def of(cls, peer: Peer, batch: Batch, passes: str, trains_weight: bool = True) -> "Call":
+        """Without autograd, or with the gradients of the rows and the weight."""
+        overwrites = peer.overwrites_logits and passes == BOTH
+        rows = batch.rows.clone() if overwrites else batch.rows.detach()
+        inputs = [rows] if batch.weight is None else [rows, batch.weight.detach()]
+
+        def forward() -> Result:
+            with torch.no_grad():
+                result = peer.fn(*inputs, batch.labels, batch.mask)
+                return result[0] if peer.has_own_loss else result, ()
+
+        if passes == FORWARD:
+            return cls(peer, forward)
+        leaves = inputs if trains_weight else inputs[:1]
+        for leaf in leaves:
+            leaf.requires_grad_()
+
+        def forward_backward() -> Result:
+            result = peer.fn(*inputs, batch.labels, batch.mask)
+            if peer.has_own_loss:
+                values, loss = result
+                return values.detach(), torch.autograd.grad(loss, leaves)
+            upstream = batch.upstream(result.detach())
+            return result.detach(), torch.autograd.grad(result, leaves, upstream)  # no .grad
+
+        def restore() -> None:
+            with torch.no_grad():
+                rows.copy_(batch.rows)
+
+        return cls(peer, forward_backward, restore if overwrites else None)
 
     def run(self) -> Result:
         """Call fn on the inputs as they were."""
@@ -153,7 +87,7 @@ class Call:
         self.peak_mib = measure.peak_mib(lambda: results.append(self.fn()), device)
         values, grads = results.pop()
         self.value_error = float((values.detach()[: len(truth[0])] - truth[0]).abs().max())
-        errors = map(accuracy.relative_error, grads, truth[1:])
+        errors = map(relative_error, grads, truth[1:])
         self.grad_errors = tuple(errors)
 
     @property
@@ -175,7 +109,7 @@ class CaseRow:
     """One implementation in one case."""
 
     impl: str = shown("implementation")
-    passes: str = shown("pass")  # FORWARD, without autograd, or BACKWARD, which is both
+    passes: str = shown("pass")  # FORWARD, without autograd, or BOTH
     dtype: str = shown("dtype")
     vocab_size: int
     batch: int
@@ -193,22 +127,50 @@ class CaseRow:
 R = TypeVar("R", bound=CaseRow)
 
 
-@dataclass(frozen=True)
-class Case:
-    group: str  # of the table that its rows go to
-    batch: Batch
-    passes: str
-    peers: list[Peer]
+class Effort(NamedTuple):
     rounds: int  # over all implementations, each time in another order
     min_run_s: float | None  # of an implementation in a round; None: one call, not warmed up
+    num_checked: int | None = None  # sequences that are compared with float64; None: all
+
+
+@dataclass(frozen=True)
+class Setting:
+    share: float  # of the rows scored
+    passes: str
+    effort: Effort
     trains_weight: bool = True
+    is_headline: bool = False  # where the figures that are quoted come from
     threads: int = field(default_factory=torch.get_num_threads)
     neighbours: int = 0  # other processes that keep a core busy
 
+
+class Plan(NamedTuple):
+    """A batch that is not drawn yet, and all that is measured on it.
+
+    Settings with the same share are neighbours; of all the same sequences are compared.
+    """
+
+    group: str  # of the table that its rows go to
+    shape: Shape
+    dtype: torch.dtype
+    settings: list[Setting]
+    upstream: Callable[[Tensor], Tensor] = increasing
+
+
+class Case(NamedTuple):
+    batch: Batch
+    setting: Setting
+
     def __str__(self) -> str:
-        more = [] if self.trains_weight else ["frozen"]
-        more += [f"{self.threads} threads"] if self.min_run_s is not None else []
-        return ", ".join([str(self.batch), self.passes, *more])
+        batch, setting = self
+        more = [] if setting.trains_weight else ["frozen"]
+        more += [] if setting.effort.min_run_s is None else [f"{setting.threads} threads"]
+        return ", ".join([str(batch), setting.passes, *more])
+
+    def serves(self, peer: Peer) -> bool:
+        """Whether the implementation has a place here."""
+        batch, setting = self
+        return peer.serves(Place(setting.is_headline, setting.passes == BOTH, batch.share == 1))
 
     def common(self, call: Call) -> dict[str, Any]:
         """The fields of `CaseRow`."""
@@ -216,7 +178,7 @@ class Case:
         p20, p80 = np.quantile(samples, [0.2, 0.8]).tolist()
         batch, seq_len = self.batch.labels.shape
         return dict(
-            impl=call.peer.name, passes=self.passes, dtype=self.batch.dtype,
+            impl=call.peer.name, passes=self.setting.passes, dtype=self.batch.dtype,
             vocab_size=self.batch.vocab_size, batch=batch, seq_len=seq_len,
             scored_share=self.batch.share, ms=call.ms, ms_p20=p20, ms_p80=p80,
             samples=len(samples), peak_mib=call.peak_mib, value_error=call.value_error,
@@ -224,20 +186,23 @@ class Case:
         )  # fmt: skip
 
 
-def measure_case(case: Case, run: Run) -> list[Call]:
+def measure_case(case: Case, peers: Sequence[Peer], run: Run) -> list[Call]:
     """Try the implementations out and time them; what happened to those that fail is the run's."""
-    with measure.setting(case.threads, case.neighbours):
-        calls = [call for peer in case.peers if (call := _tried_out(peer, case, run)) is not None]
-        for call in measure.turns(calls, case.rounds):
-            options = dict(min_run_s=case.min_run_s, restore=call.restore)
+    setting = case.setting
+    with measure.setting(setting.threads, setting.neighbours):
+        tried_out = (_tried_out(peer, case, run) for peer in peers if case.serves(peer))
+        calls = [call for call in tried_out if call is not None]
+        for call in measure.turns(calls, setting.effort.rounds):
+            options = dict(min_run_s=setting.effort.min_run_s, restore=call.restore)
             call.rounds.append(measure.times_ms(call.fn, run.device, **options))
     return calls
 
 
 def _tried_out(peer: Peer, case: Case, run: Run) -> Call | None:
+    batch, setting = case
     try:
-        call = case.batch.call(peer, case.passes, case.trains_weight)
-        call.try_out(case.batch.truth, run.device, warms_up=case.min_run_s is not None)
+        call = Call.of(peer, batch, setting.passes, setting.trains_weight)
+        call.try_out(batch.truth, run.device, warms_up=setting.effort.min_run_s is not None)
     except Exception as error:  # a peer may lack a compiler or memory; we may not
         if peer.ours:
             raise
@@ -247,20 +212,34 @@ def _tried_out(peer: Peer, case: Case, run: Run) -> Call | None:
 
 
 def measure_all(
-    run: Run, cases: Iterable[Case], total: int, rows_of: Callable[[Case, list[Call]], list[R]]
+    plans: Sequence[Plan],
+    peers: Sequence[Peer],
+    run: Run,
+    rows_of: Callable[[Case, list[Call]], list[R]],
 ) -> list[R]:
-    """Return the rows of all cases, of which there are `total`. A group's are printed when it is
-    done."""
+    """Return the rows of all plans. A group's are printed when it is done."""
     from tqdm import tqdm
 
+    generator = torch.Generator(run.device).manual_seed(run.args.seed)
     every: list[R] = []
+    total = sum(len(plan.settings) for plan in plans)
     with tqdm(total=total, unit="case", leave=False) as progress:
-        for group, of_group in itertools.groupby(cases, key=lambda case: case.group):
+        for group, of_group in itertools.groupby(plans, key=lambda plan: plan.group):
             found = []
-            for case in of_group:
+            for case in itertools.chain.from_iterable(cases(plan, generator) for plan in of_group):
                 progress.set_description(str(case))
-                found.append(rows_of(case, measure_case(case, run)))
+                found.append(rows_of(case, measure_case(case, peers, run)))
                 progress.update()
             tqdm.write(f"\n{group}\n{report.table(*found)}", file=sys.stdout)
             every += itertools.chain(*found)
     return every
+
+
+def cases(plan: Plan, generator: torch.Generator) -> Iterator[Case]:
+    torch.compiler.reset()  # it compiles for eight shapes and no more
+    num_checked = plan.settings[0].effort.num_checked
+    batch = plan.shape.draw(plan.dtype, generator, plan.upstream, num_checked)
+    for share, settings in itertools.groupby(plan.settings, key=lambda setting: setting.share):
+        scored = batch.scoring(share)
+        for setting in settings:
+            yield Case(scored, setting)

@@ -5,25 +5,29 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from benchmarks.common.cases import HEADS, Batch
+from benchmarks.common.batches import Batch, Shape, increasing
+from benchmarks.common.cases import HEADS, Call
 from benchmarks.common.peers import Peer, brief
-from benchmarks.common.report import BACKWARD
+from benchmarks.common.report import BOTH
 
 CHECK_VOCAB_SIZES = (257, 5003)  # less than a tile, and more
 CHECK_MASK = ((0, 0, 1, 0, 1, 1, 0), (1,) * 7)  # holes
-CHECK_SHAPE = (len(CHECK_MASK), len(CHECK_MASK[0]))
 
 
 def check_batches(
-    make: Callable[[int, torch.dtype, torch.Generator], Batch],
     dtypes: Iterable[torch.dtype],
     device: torch.device,
+    hidden_size: int | None = None,
+    upstream: Callable[[Tensor], Tensor] = increasing,
 ) -> Iterator[Batch]:
     """Small ones of both vocabulary sizes, with holes in the mask."""
     mask = torch.tensor(CHECK_MASK, device=device)
     for vocab_size, dtype in itertools.product(CHECK_VOCAB_SIZES, dtypes):
-        batch = make(vocab_size, dtype, torch.Generator(device).manual_seed(vocab_size))
+        generator = torch.Generator(device).manual_seed(vocab_size)
+        shape = Shape(len(CHECK_MASK), len(CHECK_MASK[0]), vocab_size, hidden_size)
+        batch = shape.draw(dtype, generator, upstream)
         yield dataclasses.replace(batch, mask=mask, share=float(mask.float().mean()))
 
 
@@ -40,7 +44,7 @@ def complaints(
             continue
         where = f"{peer.name}, V = {batch.vocab_size}, {batch.dtype}"
         where += "" if batch.weight is None else f", {HEADS[trains_weight]} head"
-        call, other = (batch.call(p, BACKWARD, trains_weight) for p in (peer, plain))
+        call, other = (Call.of(p, batch, BOTH, trains_weight) for p in (peer, plain))
         try:
             call.try_out(batch.truth, device)
         except Exception as error:

@@ -18,7 +18,7 @@ from benchmarks.common.peers import P, collect
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Options that take nothing from what is measured.
-OF_THE_FILES = ("output", "csv", "plot", "no_plot", "seed", "device")
+OF_THE_FILES = ("output", "csv", "no_plot", "seed", "device")
 
 ParseArgs = Callable[[list[str]], argparse.Namespace]
 
@@ -29,15 +29,15 @@ def parser(
     """A parser with the options of all benchmarks, and on demand those of some.
 
     Args:
-        seed: the default one; None draws a fresh one in `check`.
+        seed: the default one; None draws a fresh one.
     """
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     result.add_argument("--csv", type=Path, help="by default the machine's name in that folder")
-    result.add_argument("--plot", type=Path, help="PNG; by default beside the CSV file")
     result.add_argument("--no-plot", action="store_true")
     by_default = "a fresh one" if seed is None else str(seed)
-    result.add_argument("--seed", type=int, default=seed, help=f"by default {by_default}")
+    default = secrets.randbelow(2**31) if seed is None else seed
+    result.add_argument("--seed", type=int, default=default, help=f"by default {by_default}")
     if device:
         cuda = torch.cuda.is_available()
         result.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -50,13 +50,11 @@ def parser(
 def check(
     args: argparse.Namespace, complain: argparse.ArgumentParser, **least: int
 ) -> argparse.Namespace:
-    """Draw a seed where none is given, and refuse what no benchmark can do.
+    """Refuse what no benchmark can do.
 
     Args:
         least: of options that are a number or some.
     """
-    if args.seed is None:
-        args.seed = secrets.randbelow(2**31)
     if torch.device(getattr(args, "device", "cpu")).type not in ("cpu", "cuda"):
         complain.error(f"--device must be a cpu or cuda device, got {args.device}")
     if not all(0 < share <= 1 for share in getattr(args, "share", [])):
@@ -143,10 +141,10 @@ class Run:
         print(goals.text(heading, judged, needed), end="\n\n")
 
     def paths(self, name: str) -> tuple[Path, Path | None]:
-        """Where the CSV file and the plot go; git ignores the names that a partial run gets."""
+        """The CSV file and the plot beside it; git ignores the names that a partial run gets."""
         args = self.args
         csv = args.csv or args.output / f"{name}{'' if self.is_whole else '.local'}.csv"
-        return csv, None if args.no_plot else args.plot or csv.with_suffix(".png")
+        return csv, None if args.no_plot else csv.with_suffix(".png")
 
     def write(
         self,

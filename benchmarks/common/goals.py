@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common.peers import OURS
+from benchmarks.common.report import aligned
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,6 @@ def text(heading: str, goals: Sequence[Goal], needed: str) -> str:
     """Return goals as aligned lines, or that none can be judged without what is needed."""
     if not goals:
         return f"goals: none can be judged without {needed}"
-    columns = ("what", "goal", "measured")
-    widths = {name: max(len(getattr(goal, name)) for goal in goals) for name in columns}
-    lines = [f"goals, {heading}"]
-    for goal in goals:
-        what, target, measured = (getattr(goal, name).ljust(widths[name]) for name in columns)
-        verdict = "met" if goal.met else "MISSED"
-        lines.append(f"  {what}  goal {target}  measured {measured}  {verdict}")
-    return "\n".join(lines)
+    lines = [["", "goal", "measured", ""]]
+    lines += [[x.what, x.goal, x.measured, "met" if x.met else "MISSED"] for x in goals]
+    return f"goals, {heading}\n{aligned(lines, len(lines[0]))}"

@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch.utils.benchmark import Timer
 
+from benchmarks.common.report import BACKWARD, BOTH, FORWARD
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PR_SET_THP_DISABLE = 41  # of Linux's prctl.h
 
@@ -180,10 +182,16 @@ def _reset_peak_rss() -> bool:
 
 
 def _status_mib(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 2**10
-    raise OSError(f"/proc/self/status has no {field}")
+    return int(_proc("self/status", field).split()[0]) / 2**10
+
+
+def _proc(file: str, field: str) -> str:
+    """What a file of /proc says of a field; OSError where it says nothing."""
+    for line in Path("/proc", file).read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    raise OSError(f"/proc/{file} has no {field}")
 
 
 class OtherLoad:
@@ -217,14 +225,19 @@ def copy_gb_per_s(device: torch.device, *, numel: int, min_run_s: float) -> floa
     return 2 * source.nbytes / statistics.median(samples) / 1e6
 
 
+def least_bytes(num_logits: float, num_scored: float, itemsize: int) -> dict[str, float]:
+    """Bytes that have to move, by pass: each reads the scored logits once, and the gradient is
+    written whole."""
+    read, written = itemsize * num_scored, itemsize * num_logits
+    return {FORWARD: read, BACKWARD: read + written, BOTH: 2 * read + written}
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the memory that is free on device, or 8 GiB where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 2**10
+        return int(_proc("meminfo", "MemAvailable").split()[0]) * 2**10
     return 2**33
 
 
@@ -235,10 +248,7 @@ def machine_name(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+        name = _proc("cpuinfo", "model name")
     parts = [name, f"{torch.get_num_threads()} threads"]
     with contextlib.suppress(AttributeError, ValueError, OSError):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,7 +2,8 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -29,6 +30,8 @@ class Peer:
     ours: bool = False
     overwrites_logits: bool = False  # when it is differentiated
     has_own_loss: bool = False  # fn returns the values and a loss, which alone has gradients
+    rounds_tokens: bool = False  # a token's log-probability to the dtype of the logits
+    on_target: Callable[[str], AbstractContextManager[None]] = lambda target: nullcontext()
     serves: Callable[[Place], bool] = lambda place: True
 
     @cached_property
@@ -41,21 +44,28 @@ P = TypeVar("P", bound=Peer)
 
 def collect(candidates: Iterable[P]) -> tuple[list[P], dict[str, str]]:
     """Return the peers that can run, and for each other name the reason."""
-    runnable, not_run = [], {}
+    runnable: list[P] = []
+    not_run: dict[str, str] = {}
     for peer in candidates:
         reason = peer.obstacle or why_not(peer.module)
-        if reason is None:
-            try:
-                peer.fn  # noqa: B018  (makes it)
-            except Exception as error:  # a peer may be of another version
-                if peer.ours:
-                    raise
-                reason = brief(error)
-        if reason is None:
-            runnable.append(peer)
-        else:
+        if reason is not None:
             not_run[peer.name] = reason
+            continue
+        with forgiven(peer, not_run):
+            peer.fn  # noqa: B018  (makes it)
+            runnable.append(peer)
     return runnable, not_run
+
+
+@contextmanager
+def forgiven(peer: Peer, not_run: dict[str, str]) -> Iterator[None]:
+    """Where another fails, as of another version, the reason is noted; we may not fail."""
+    try:
+        yield
+    except Exception as error:
+        if peer.ours:
+            raise
+        not_run[peer.name] = brief(error)
 
 
 def why_not(module: str) -> str | None:

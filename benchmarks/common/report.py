@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 FORWARD = "forward"
-BACKWARD = "forward+backward"
+BACKWARD = "backward"
+BOTH = "forward+backward"
 
 
 def shown(heading: str, form: str = "{}", otherwise: str = "n/a") -> Any:
@@ -110,6 +111,22 @@ class Figures(list[Figure]):
 
 
 Cell = tuple[str, dict[str, str]]  # a form, and the fields of a figure
+Table = tuple[Mapping[str, str], Mapping[str, Cell]]  # what `Figures.pivot` takes
+
+
+def figures(
+    impl: str,
+    passes: str,
+    where: str,
+    case: str,
+    how: str,
+    values: Mapping[str, tuple[str, float | str]],
+) -> Figures:
+    """A figure of each quantity -> (unit, value)."""
+    return Figures(
+        Figure(impl, passes, where, case, quantity, unit, value, how)
+        for quantity, (unit, value) in values.items()
+    )
 
 
 def file_stem(machine: str) -> str:
@@ -132,6 +149,7 @@ def write_csv(path: Path, rows: Sequence[Any], run: Mapping[str, object]) -> Non
 
 
 MARKERS = "osD^vPX*"
+HATCHES = ("", "//", "..", "xx")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's: told apart by everybody
 Line = Sequence[tuple[float, float]]
 
@@ -162,16 +180,16 @@ def draw_lines(
     axes: Iterable[Any],
     panels: Mapping[str, Mapping[str, Line]],
     label: str,
-    ticks: Mapping[float, str],
+    ticks: Mapping[float, str] | None = None,
     **tick_options: Any,
 ) -> None:
     """Draw lines over logarithmic axes; points at or below 0 are left out.
 
     Args:
         panels: what stands beside an axis -> name of a line -> its points.
-        ticks: numbers below, and how they are written.
+        ticks: numbers below, and how they are written; by default 1, 2, 5, 10, ...
     """
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     for axis, (unit, lines) in zip(axes, panels.items(), strict=True):
         for i, (name, points) in enumerate(lines.items()):
@@ -179,7 +197,11 @@ def draw_lines(
             marker = MARKERS[i % len(MARKERS)]
             axis.plot([x for x, _ in kept], [y for _, y in kept], marker=marker, label=name)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
-        axis.set_xticks(list(ticks), list(ticks.values()), **tick_options)
+        if ticks is None:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_xticks(list(ticks), list(ticks.values()), **tick_options)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3, which="both")
 
@@ -196,3 +218,23 @@ def draw_bars(
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set_xlabel(label)
+
+
+def draw_groups(
+    axis: Any, groups: Mapping[str, Sequence[float]], names: Sequence[str], label: str, form: str
+) -> None:
+    """Draw a group of upright bars for each name of one, a bar for each of names, and its height
+    above it in C's form."""
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        style = dict(color=COLOURS[i % 4], hatch=HATCHES[i % 4], edgecolor="white", label=name)
+        shift = (i - (len(names) - 1) / 2) * width
+        heights = [values[i] for values in groups.values()]
+        bars = axis.bar([x + shift for x in range(len(groups))], heights, width=width, **style)
+        axis.bar_label(bars, fmt=form, fontsize=8)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_ylabel(label)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.margins(y=0.2)

@@ -23,6 +23,11 @@ class Batch:
     completion_mask: Tensor  # at the label, as input_ids
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with."""
+        return dict(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+
+    @property
     def scored(self) -> Tensor:
         """(2 * pairs, T - 1), where the logits of a token have a label to score."""
         return self.completion_mask[:, 1:]
@@ -55,10 +60,10 @@ def make_batch(tokenizer: Any, data: Path, seq_len: int) -> Batch:
     """Return NUM_PAIRS pairs; a sequence is as many pairs, one after another, as fill seq_len."""
     pairs = read_pairs(data)
     encode = PairTokenizer(tokenizer, max_length=seq_len)
-    sides: list[list[tuple[list[int], list[int]]]] = [[], []]  # chosen, rejected: ids and mask
+    sides: dict[str, list[tuple[list[int], list[int]]]] = {"chosen": [], "rejected": []}
     for _ in range(NUM_PAIRS):
-        rows: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
-        while min(len(ids) for ids, _ in rows) < seq_len:
+        rows: dict[str, tuple[list[int], list[int]]] = {side: ([], []) for side in sides}
+        while min(len(ids) for ids, _ in rows.values()) < seq_len:
             pair = next(pairs, None)
             if pair is None:
                 break
@@ -66,17 +71,17 @@ def make_batch(tokenizer: Any, data: Path, seq_len: int) -> Batch:
             if isinstance(encoded, ValueError):
                 raise SystemExit(f"error: {encoded}")
             prompt_ids = encoded["prompt_ids"]
-            for (ids, mask), side in zip(rows, ("chosen", "rejected"), strict=True):
+            for side, (ids, mask) in rows.items():
                 ids += [*prompt_ids, *encoded[f"{side}_ids"]]
                 mask += [0] * len(prompt_ids) + encoded[f"{side}_mask"]
-        for side, (ids, mask) in zip(sides, rows, strict=True):
+        for side, (ids, mask) in rows.items():
             if 1 not in mask[1:seq_len]:
                 raise SystemExit(
                     f"error: {data}: a sequence without a token of an answer; more pairs are needed"
                     f" for {NUM_PAIRS}, or a --seq-len beyond {seq_len}"
                 )
-            side.append((ids[:seq_len], mask[:seq_len]))
-    sequences = [*sides[0], *sides[1]]
+            sides[side].append((ids[:seq_len], mask[:seq_len]))
+    sequences = [*sides["chosen"], *sides["rejected"]]
 
     def padded(rows: list[list[int]]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(

@@ -32,15 +32,15 @@ class StepClock:
     def _reach(self, grad: Tensor) -> None:
         self.reached = time.perf_counter()
 
-    def step(self, one: Peer, batch: Batch) -> float:
-        """Forward and backward; the gradients are left to the policy, the loss is returned."""
+    def step(self, one: Peer, batch: Batch) -> None:
+        """Forward and backward; the gradients are left to the policy."""
         self.backbones = 0.0
         self.start = time.perf_counter()
         loss = one.fn(batch)
         self.forward_done = time.perf_counter()
         loss.backward()
         self.done = time.perf_counter()
-        return loss.item()
+        self.loss = loss.item()
 
     def parts(self) -> Parts:
         """Of the last step."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton.integrations.trl as adapter
-from benchmarks.common import token_logps
+from benchmarks.common.logits_peers import log_softmax
 from benchmarks.common.peers import OURS, Peer
 from benchmarks.dpo_step.batch import NUM_PAIRS, Batch
 from dpo_triton import fused_linear_seq_logprob, reference
@@ -111,28 +111,19 @@ def make_trainer(policy: Any, reference_model: Any, tokenizer: Any, folder: str)
 
 
 def sums_of_logits(model: Any, batch: Batch) -> Tensor:
-    inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
-    logits = model(batch.input_ids, **inputs).logits[:, :-1]
-    return (token_logps.log_softmax(logits, batch.input_ids[:, 1:]) * batch.scored).sum(1)
+    logits = model(**batch.inputs).logits[:, :-1]
+    return (log_softmax(logits, batch.input_ids[:, 1:]) * batch.scored).sum(1)
 
 
 def sums_of_ours(model: Any, batch: Batch) -> Tensor:
-    head = model.get_output_embeddings()
-    return fused_linear_seq_logprob(
-        hidden_states(model, batch),
-        head.weight,
-        batch.input_ids,
-        batch.completion_mask,
-        bias=head.bias,
-        reduction="sum",
-        shift=True,
-    )
+    head, tokens = model.get_output_embeddings(), (batch.input_ids, batch.completion_mask)
+    inputs = (hidden_states(model, batch), head.weight, *tokens)
+    return fused_linear_seq_logprob(*inputs, bias=head.bias, reduction="sum", shift=True)
 
 
 def sums_of_trl(model: Any, batch: Batch) -> Tensor:
     labels = batch.input_ids.masked_fill(batch.completion_mask == 0, -100)
-    inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
-    return model(batch.input_ids, **inputs, labels=labels, fused_lm_head=True).log_probs.sum(1)
+    return model(**batch.inputs, labels=labels, fused_lm_head=True).log_probs.sum(1)
 
 
 def sums_of_trl_with_ours(model: Any, batch: Batch) -> Tensor:
@@ -141,22 +132,16 @@ def sums_of_trl_with_ours(model: Any, batch: Batch) -> Tensor:
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
-    inputs = dict(attention_mask=batch.attention_mask, use_cache=False)
-    return model.base_model(batch.input_ids, **inputs).last_hidden_state
+    return model.base_model(**batch.inputs).last_hidden_state
 
 
 @torch.no_grad()
 def exact_sums(model: Any, batch: Batch) -> Tensor:
     """Sums of log-probabilities in float64 from the same hidden states, one sequence at a time."""
     weight = model.get_output_embeddings().weight.double()
-    rows = hidden_states(model, batch).double()
-    inputs = (batch.input_ids, batch.completion_mask)
-    return torch.cat(
-        [
-            reference.seq_logprob(
-                (rows[b] @ weight.T)[None], *(x[b : b + 1] for x in inputs),
-                reduction="sum", shift=True,
-            )
-            for b in range(len(rows))
-        ]
-    )  # fmt: skip
+    rows = zip(hidden_states(model, batch), batch.input_ids, batch.completion_mask, strict=True)
+    sums = []
+    for x, ids, mask in rows:
+        inputs = ((x.double() @ weight.T)[None], ids[None], mask[None])
+        sums.append(reference.seq_logprob(*inputs, reduction="sum", shift=True))
+    return torch.cat(sums)

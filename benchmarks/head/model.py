@@ -7,14 +7,17 @@ multiply-adds. Only launches per tile count, not the few dozen of a call. From t
 1.16 and of dpo_triton/_head/, torch >= 2.8.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.common.peers import OURS
 from benchmarks.common.report import shown
 from benchmarks.head.peers import TRL
+from benchmarks.head.rows import FROZEN, TRAINED
 from dpo_triton._backends import backend_named
 from dpo_triton._head._autograd import TILE_BYTES_ELSEWHERE
 from dpo_triton._head._tiles import Plan, Tiles
@@ -22,7 +25,6 @@ from dpo_triton._head._tiles import Plan, Tiles
 TOKENS = 8192
 BF16, FLOAT32 = 2, 4
 TRL_TILE = (4096, 32768)  # tokens, columns
-TRL_VERSION = "1.16.0"  # that is modelled
 NOTES = f"""\
 products: each scored tokens x H x V multiply-adds, per scored token. launches, bytes: per token.
 of the tiles: bytes that are logits or their gradient. largest tile: MiB.
@@ -49,107 +51,74 @@ class ModelledRow:
     source: str = "modelled"
 
 
-@dataclass(frozen=True)
-class Scheme:
+class Scheme(NamedTuple):
     """What a tile costs in launches, and in crossings of the memory."""
 
-    name: str
-    tile: tuple[int, int]  # rows, columns
     products: int
     launches: int  # a tile
     logits: int  # crossings of a tile by logits or their gradient, each of bfloat16
     weight_reads: int  # of the tile's columns, bfloat16
     hidden_reads: int  # of the tile's rows, bfloat16
     hidden_sum_bytes: int  # a tile, for an element of the float32 sum of hidden's gradient
-    weight_sum_bytes: int  # the same of weight's; and
-    weight_bytes: int  # once, for an element of weight: zeros, and the result
-    keeps_tiles: bool  # for the backward pass, which saves a product each
+    weight_sum_bytes: int = 0  # the same of weight's; and
+    weight_bytes: int = 0  # once, for an element of weight: zeros, and the result
 
 
-def schemes(is_frozen: bool) -> list[Scheme]:
-    """TRL's scheme and this package's.
-
-    TRL: forward a product and a kernel; backward a product, a kernel in place, and a product for
-    each gradient that adds to a float32 sum; zeros before and a conversion after.
-    This package: forward a product and a kernel; backward the same product, a kernel, a product
-    that adds to hidden's gradient, and one that writes weight's (a block of rows: where there are
-    several it adds). With a frozen head the gradient is made in the forward pass: combine of the
-    columns so far, fourteen small operations for the rescaling, a kernel, a product that adds.
-    """
-    width = backend_named("triton").tile_width
-    rows = TILE_BYTES_ELSEWHERE // (width * BF16)
-    trl = Scheme(
-        TRL,
-        TRL_TILE,
-        products=3 if is_frozen else 4,
-        launches=5 if is_frozen else 6,
-        logits=6 if is_frozen else 7,
-        weight_reads=3,
-        hidden_reads=2 if is_frozen else 3,
-        hidden_sum_bytes=2 * FLOAT32,
-        weight_sum_bytes=0 if is_frozen else 2 * FLOAT32,
-        weight_bytes=0 if is_frozen else 2 * FLOAT32 + BF16,
-        keeps_tiles=False,
-    )
-    ours = Scheme(
-        OURS,
-        (rows, width),
-        products=2 if is_frozen else 4,
-        launches=19 if is_frozen else 6,
-        logits=5 if is_frozen else 7,
-        weight_reads=2 if is_frozen else 3,
-        hidden_reads=1 if is_frozen else 3,
-        # The sum is read and written; if frozen, rescaled too.
-        hidden_sum_bytes=(4 if is_frozen else 2) * FLOAT32,
-        weight_sum_bytes=0,
-        weight_bytes=0 if is_frozen else BF16,
-        keeps_tiles=not is_frozen,
-    )
-    return [trl, ours]
+# TRL: forward a product and a kernel; backward a product, a kernel in place, and a product for each
+# gradient that adds to a float32 sum; zeros before and a conversion after.
+# This package: forward a product and a kernel; backward the same product, a kernel, a product that
+# adds to hidden's gradient, and one that writes weight's (a block of rows: where there are several
+# it adds). With a frozen head the gradient is made in the forward pass: combine of the columns so
+# far, fourteen small operations for the rescaling, a kernel, a product that adds; the sum is read
+# and written, and rescaled too.
+SCHEMES = {
+    (TRAINED, TRL): Scheme(4, 6, 7, 3, 3, 2 * FLOAT32, 2 * FLOAT32, 2 * FLOAT32 + BF16),
+    (TRAINED, OURS): Scheme(4, 6, 7, 3, 3, 2 * FLOAT32, 0, BF16),
+    (FROZEN, TRL): Scheme(3, 5, 6, 3, 2, 2 * FLOAT32),
+    (FROZEN, OURS): Scheme(2, 19, 5, 2, 1, 4 * FLOAT32),
+}
 
 
 def modelled(
-    model: str, hidden_size: int, vocab_size: int, shares: Iterable[float], heads: dict[str, bool]
+    model: str, hidden_size: int, vocab_size: int, shares: Iterable[float]
 ) -> list[ModelledRow]:
-    """Return a row for each share, head (name -> is it frozen) and scheme."""
-    return [
-        _row(scheme, model, hidden_size, vocab_size, share, head)
-        for share in shares
-        for head, is_frozen in heads.items()
-        for scheme in schemes(is_frozen)
-    ]
-
-
-def _row(
-    scheme: Scheme, model: str, hidden_size: int, vocab_size: int, share: float, head: str
-) -> ModelledRow:
-    scored = round(share * TOKENS)
-    height, width = min(scored, scheme.tile[0]), min(vocab_size, scheme.tile[1])
-    row_tiles, column_tiles = -(-scored // height), -(-vocab_size // width)
-    tiles = row_tiles * column_tiles
-    kept = _kept_tiles(scored, vocab_size) / tiles if scheme.keeps_tiles else 0.0
-    of_logits = (scheme.logits - kept) * BF16 * scored * vocab_size
-    of_weight = vocab_size * hidden_size * (
-        row_tiles * ((scheme.weight_reads - kept) * BF16 + scheme.weight_sum_bytes)
-        + scheme.weight_bytes
-    )  # fmt: skip
-    of_hidden = scored * hidden_size * column_tiles * (
-        (scheme.hidden_reads - kept) * BF16 + scheme.hidden_sum_bytes
-    )  # fmt: skip
-    return ModelledRow(
-        scheme=scheme.name,
-        model=model,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        head=head,
-        scored_share=share,
-        tiles=tiles,
-        products=scheme.products - kept,
-        launches_per_token=(scheme.launches - kept) * tiles / TOKENS,
-        bytes_per_token=(of_logits + of_weight + of_hidden) / TOKENS,
-        tile_bytes_per_token=of_logits / TOKENS,
-        tile_mib=BF16 * height * width / 2**20,
-    )
+    """Return a row for each share, head and scheme."""
+    width = backend_named("triton").tile_width
+    largest = {TRL: TRL_TILE, OURS: (TILE_BYTES_ELSEWHERE // (width * BF16), width)}
+    rows = []
+    for share, ((head, name), scheme) in itertools.product(shares, SCHEMES.items()):
+        scored = round(share * TOKENS)
+        height, width = map(min, (scored, vocab_size), largest[name])
+        row_tiles, column_tiles = -(-scored // height), -(-vocab_size // width)
+        tiles = row_tiles * column_tiles
+        # Tiles that are kept for the backward pass save a product each.
+        keeps = (head, name) == (TRAINED, OURS)
+        kept = _kept_tiles(scored, vocab_size) / tiles if keeps else 0.0
+        of_logits = (scheme.logits - kept) * BF16 * scored * vocab_size
+        of_weight = vocab_size * hidden_size * (
+            row_tiles * ((scheme.weight_reads - kept) * BF16 + scheme.weight_sum_bytes)
+            + scheme.weight_bytes
+        )  # fmt: skip
+        of_hidden = scored * hidden_size * column_tiles * (
+            (scheme.hidden_reads - kept) * BF16 + scheme.hidden_sum_bytes
+        )  # fmt: skip
+        rows.append(
+            ModelledRow(
+                scheme=name,
+                model=model,
+                hidden_size=hidden_size,
+                vocab_size=vocab_size,
+                head=head,
+                scored_share=share,
+                tiles=tiles,
+                products=scheme.products - kept,
+                launches_per_token=(scheme.launches - kept) * tiles / TOKENS,
+                bytes_per_token=(of_logits + of_weight + of_hidden) / TOKENS,
+                tile_bytes_per_token=of_logits / TOKENS,
+                tile_mib=BF16 * height * width / 2**20,
+            )
+        )
+    return rows
 
 
 def _kept_tiles(scored: int, vocab_size: int) -> int:

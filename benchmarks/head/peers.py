@@ -8,15 +8,15 @@ eq. 6): Liger's head gives that loss beside the values, and nothing else that ha
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton
-from benchmarks.common import token_logps
+from benchmarks.common.logits_peers import log_softmax, masked_mean, module
 from benchmarks.common.peers import OURS, Peer
-from benchmarks.common.token_logps import masked_mean, module
 
 BETA, GAMMA = 2.0, 0.5  # of SimPO
 
@@ -72,19 +72,13 @@ def candidates(backend: str) -> list[Peer]:
         Peer(
             f"{linear}, chunked",
             "the same with options=LinearCrossEntropyOptions(), at the headline alone",
-            lambda: _on_all_rows(_torch_head(options=torch.nn.LinearCrossEntropyOptions())),
+            lambda: _on_all_rows(_torch_head({})),
             serves=lambda place: place.is_headline,
         ),
         Peer(
             f"{linear}, 512 rows",
             "the same with batch_chunk_size=512, which suits these shapes better",
-            lambda: _on_all_rows(
-                _torch_head(
-                    options=torch.nn.LinearCrossEntropyOptions(
-                        batch_chunk_size=512, chunking_method=None
-                    )
-                )
-            ),
+            lambda: _on_all_rows(_torch_head(dict(batch_chunk_size=512, chunking_method=None))),
         ),
         Peer(
             "Liger SimPO",
@@ -108,6 +102,12 @@ def simpo(values: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected) - GAMMA).mean()
 
 
+def upstream_of_simpo(values: Tensor) -> Tensor:
+    leaf = values.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(simpo(leaf), leaf)[0]
+
+
 def _on_all_rows(rows: Rows) -> Head:
     def fn(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         logps = rows(hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten() != 0)
@@ -129,7 +129,7 @@ def _on_scored_rows(rows: Rows) -> Head:
 
 
 def _formula(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-    return token_logps.log_softmax(hidden @ weight.T, labels)
+    return log_softmax(hidden @ weight.T, labels)
 
 
 def _trl() -> Rows:
@@ -143,12 +143,13 @@ def _trl() -> Rows:
     return fn
 
 
-def _torch_head(**options: object) -> Rows:
+def _torch_head(options: dict[str, Any] | None = None) -> Rows:
     head = F.linear_cross_entropy  # of torch 2.13 and later
+    how = {} if options is None else dict(options=torch.nn.LinearCrossEntropyOptions(**options))
 
     def fn(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
         targets = labels.masked_fill(~counted, -100)
-        return -head(hidden, weight, targets, reduction="none", **options).float()
+        return -head(hidden, weight, targets, reduction="none", **how).float()
 
     return fn
 

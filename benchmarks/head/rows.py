@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import goals
-from benchmarks.common.cases import HEADS, CaseRow
+from benchmarks.common.cases import HEADS, Call, Case, CaseRow
 from benchmarks.common.goals import Goal
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, Line, draw_lines, drawing, shown
+from benchmarks.common.report import BOTH, Line, draw_lines, drawing, shown
 from benchmarks.head.peers import FORMULA, FORMULA_SCORED, TRL
 
 TRAINED, FROZEN = HEADS[True], HEADS[False]
@@ -34,6 +34,33 @@ class Row(CaseRow):
     def case(self) -> tuple[object, ...]:
         """Rows with the same one are of the same batch, pass and head."""
         return self.model, self.dtype, self.scored_share, self.passes, self.head
+
+
+def rows_of(case: Case, calls: list[Call]) -> list[Row]:
+    """Return a row for each implementation that ran."""
+    batch, setting = case
+    assert batch.weight is not None
+    by_name = {call.peer.name: call for call in calls}
+    floor = by_name.get(FORMULA_SCORED, by_name.get(FORMULA))
+    of_grads = batch.rows.nbytes + setting.trains_weight * batch.weight.nbytes
+    above = of_grads / 2**20 if setting.passes == BOTH else 0.0
+    rows = []
+    for call in calls:
+        of_hidden, of_weight = (*call.grad_errors, None, None)[:2]
+        peak = None if call.peak_mib is None else call.peak_mib - above
+        row = Row(
+            **case.common(call) | dict(peak_mib=peak),
+            model=batch.name,
+            hidden_size=batch.rows.shape[-1],
+            head=HEADS[setting.trains_weight],
+            hidden_grad_error=of_hidden,
+            hidden_grad_rounding=batch.roundings[1],
+            weight_grad_error=of_weight,
+            weight_grad_rounding=batch.roundings[2],
+            of_floor=None if floor is None else floor.speedup_over(call),
+        )
+        rows.append(row)
+    return rows
 
 
 NOTES = """\
@@ -81,7 +108,7 @@ def judge(rows: list[Row], headline: str) -> list[Goal]:
 
 
 def _times(rows: list[Row]) -> Iterator[Goal]:
-    ms = {(row.impl, row.scored_share, row.head): row.ms for row in rows if row.passes == BACKWARD}
+    ms = {(row.impl, row.scored_share, row.head): row.ms for row in rows if row.passes == BOTH}
     for what, peer, share, head, goal in SPEEDS + TIMES:
         ours, theirs = ms.get((OURS, share, head)), ms.get((peer, share, TRAINED))
         if ours is not None and theirs is not None:
@@ -94,13 +121,10 @@ def _times(rows: list[Row]) -> Iterator[Goal]:
 
 def _memory(rows: list[Row]) -> Iterator[Goal]:
     for row in rows:
-        if row.impl == OURS and row.passes == BACKWARD and row.peak_mib is not None:
+        if row.impl == OURS and row.passes == BOTH and row.peak_mib is not None:
             share = f"{row.scored_share:.0%} scored"
             what = f"peak above inputs and gradients, {share}, {row.head} head"
             yield goals.at_most(what, PEAK_MIB, row.peak_mib, "{:.1f} MiB")
-
-
-TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]  # seconds
 
 
 def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
@@ -109,7 +133,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     Of the models and dtypes that were measured it shows the first.
     """
     first = rows[0]
-    case = (first.model, first.dtype, BACKWARD)
+    case = (first.model, first.dtype, BOTH)
     drawn = [row for row in rows if (row.model, row.dtype, row.passes) == case and row.peak_mib]
     impls = list(dict.fromkeys(row.impl for row in rows))
 
@@ -120,8 +144,6 @@ def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     shares = sorted({row.scored_share for row in drawn}) or [1.0]
     unit = "peak above inputs and gradients, MiB; {:.0%} scored"
     panels = {unit.format(share): {impl: line(impl, share) for impl in impls} for share in shares}
-    seconds = [x for lines in panels.values() for points in lines.values() for x, _ in points]
-    ticks = [t for t in TICKS if min(seconds, default=1) / 2 <= t <= 2 * max(seconds, default=1)]
     title = (
         f"{first.model}: {first.batch * first.seq_len} tokens, H = {first.hidden_size}, "
         f"V = {first.vocab_size}, {first.dtype}, forward + backward; a line ends at a frozen head "
@@ -129,4 +151,4 @@ def plot(path: Path, rows: Sequence[Row], machine: str) -> None:
     )
     options = dict(num_axes=len(shares), figsize=(14, 5.5), sharex=True, sharey=True)
     with drawing(path, title, **options) as axes:
-        draw_lines(axes, panels, "seconds", {tick: f"{tick:g}" for tick in ticks})
+        draw_lines(axes, panels, "seconds")

@@ -9,13 +9,12 @@ import torch
 from benchmarks.common import goals
 from benchmarks.common.cases import HEADS
 from benchmarks.common.goals import Goal
-from benchmarks.common.operators import Operators
 from benchmarks.common.peers import OURS, Peer
-from benchmarks.common.report import FORWARD, shown
+from benchmarks.common.report import BACKWARD, FORWARD, shown
 from benchmarks.head.peers import TRL
-from benchmarks.kernel.counts import BACKWARD
 from dpo_triton._head import _autograd, _operators
 from gpu_lab.driver import Lab
+from gpu_lab.operators import Operators
 
 MOST_LAUNCHES = 16  # of a pass
 MOST_FROZEN_OPERATORS = 70  # of the backward pass

@@ -91,6 +91,6 @@ def seconds(cost: Cost, gpus: int) -> dict[str, float]:
     latency = NVLINK_LATENCY_S if is_one_machine else INFINIBAND_LATENCY_S
     return {
         "products": cost.flops / (FLOPS_PER_S * PRODUCT_EFFICIENCY),
-        "memory": cost.traffic_bytes / (H100.bytes_per_s * H100.streaming_efficiency),
+        "memory": H100.memory_seconds(cost.traffic_bytes),
         "communication": cost.sent_bytes / (link * LINK_EFFICIENCY) + cost.collectives * latency,
     }

@@ -1,8 +1,8 @@
 """Three ways to score tokens with a head whose vocabulary is sharded, on real processes, and the
 bytes that they send."""
 
-import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo_triton
-from benchmarks.common import token_logps
+from benchmarks.common.batches import Shape
+from benchmarks.common.logits_peers import log_softmax, masked_mean
 from benchmarks.common.peers import OURS
-from benchmarks.common.token_logps import masked_mean
 from dpo_triton import VocabShard
+
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, VocabShard], Tensor]
 
 GATHERED, MEGATRON = "gathered logits", "three all-reduces"
 DESCRIPTIONS = {
@@ -25,84 +27,64 @@ DESCRIPTIONS = {
 }
 
 
+SCORED_SHARE = 0.5
+COLLECTIVES = ("all_gather", "all_to_all_single", "all_reduce")
+
+
 class Sent:
     """Bytes that this rank hands to each kind of collective, in its context.
 
-    Of all_gather and all_to_all for each other rank, of all_reduce what is reduced.
+    Of all_gather and all_to_all_single for each other rank, of all_reduce what is reduced.
     """
 
     def __enter__(self) -> "Sent":
-        self.all_gather = self.all_to_all = self.all_reduce = self.calls = 0
-        self._originals = (dist.all_gather, dist.all_to_all_single, dist.all_reduce)
-
-        def all_gather(received: Any, mine: Tensor, **options: Any) -> Any:
-            self.all_gather += mine.nbytes
-            self.calls += 1
-            return self._originals[0](received, mine, **options)
-
-        def all_to_all_single(received: Tensor, mine: Tensor, **options: Any) -> Any:
-            self.all_to_all += max(options["input_split_sizes"]) * mine.element_size()
-            self.calls += 1
-            return self._originals[1](received, mine, **options)
-
-        def all_reduce(numbers: Tensor, *args: Any, **options: Any) -> Any:
-            self.all_reduce += numbers.nbytes
-            self.calls += 1
-            return self._originals[2](numbers, *args, **options)
-
-        dist.all_gather = all_gather
-        dist.all_to_all_single = all_to_all_single
-        dist.all_reduce = all_reduce
+        self.calls, self.bytes = 0, dict.fromkeys(COLLECTIVES, 0)
+        self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
+        for name in COLLECTIVES:
+            setattr(dist, name, partial(self._note, name))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        dist.all_gather, dist.all_to_all_single, dist.all_reduce = self._originals
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
 
-    def counts(self) -> tuple[int, int, int]:
-        return self.all_gather, self.all_to_all, self.all_reduce
+    def _note(self, name: str, *inputs: Any, **options: Any) -> Any:
+        self.calls += 1
+        mine = inputs[0] if name == "all_reduce" else inputs[1]
+        parts = options.get("input_split_sizes")
+        self.bytes[name] += max(parts) * mine.element_size() if parts else mine.nbytes
+        return self._originals[name](*inputs, **options)
+
+    def counts(self) -> tuple[int, ...]:
+        """Of all_gather, all_to_all_single and all_reduce."""
+        return tuple(self.bytes.values())
 
     def leaving(self) -> float:
         """Bytes that leave this rank, of an all-reduce in a ring."""
         size = dist.get_world_size()
-        to_all = (size - 1) * (self.all_gather + self.all_to_all)
-        return to_all + 2 * (size - 1) / size * self.all_reduce
+        gathered, exchanged, reduced = self.counts()
+        return (size - 1) * (gathered + exchanged + 2 / size * reduced)
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    batch: int
-    seq_len: int
-    hidden_size: int
-    vocab_size: int
-    scored_share: float
-    seed: int
-
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """bfloat16 hidden (B, T, H) and weight (V, H), labels and mask (B, T)."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape, spread = (self.batch, self.seq_len), 3 / self.hidden_size**0.5
-        hidden = torch.randn(*shape, self.hidden_size, generator=generator).bfloat16()
-        weight = torch.randn(self.vocab_size, self.hidden_size, generator=generator) * spread
-        labels = torch.randint(self.vocab_size, shape, generator=generator)
-        mask = torch.rand(shape, generator=generator) < self.scored_share
-        return hidden, weight.bfloat16(), labels, mask
-
-
-def measure(batch: Batch, ways: list[str]) -> dict[str, dict[str, Any]]:
+def measure(shape: Shape, seed: int) -> dict[str, dict[str, Any]]:
     """On a rank: errors against float64, and bytes, of a forward and a backward pass of each."""
-    hidden, weight, labels, mask = batch.draw()
+    generator = torch.Generator().manual_seed(seed)
+    batch = shape.draw(torch.bfloat16, generator)
+    hidden, weight, labels = batch.rows, batch.weight, batch.labels
+    assert weight is not None
+    mask = torch.rand(labels.shape, generator=generator) < SCORED_SHARE
     rank, size = dist.get_rank(), dist.get_world_size()
-    width = -(-batch.vocab_size // size)
-    shard = VocabShard(rank * width, min((rank + 1) * width, batch.vocab_size))
+    width = -(-shape.vocab_size // size)
+    shard = VocabShard(rank * width, min((rank + 1) * width, shape.vocab_size))
     rows = slice(shard.start, shard.stop)
     logits = F.linear(hidden.double(), weight.double())
     exact = dpo_triton.reference.seq_logprob(logits, labels, mask)
     results = {}
-    for name in ways:
+    for name, way in WAYS.items():
         leaf = hidden.clone().requires_grad_()
         own = weight[rows].clone().requires_grad_()
         with Sent() as forward:
-            values = WAYS[name](leaf, own, labels, mask, shard)
+            values = way(leaf, own, labels, mask, shard)
         with Sent() as backward:
             values.sum().backward()
         results[name] = dict(
@@ -182,21 +164,21 @@ def _ours(
     return dpo_triton.fused_linear_seq_logprob(hidden, weight, labels, mask, vocab_shard=shard)
 
 
-def _gathered(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
-) -> Tensor:
-    own = F.linear(_ToAllRanks.apply(hidden)[mask], weight)
-    logits = _Gathered.apply(own, shard, _vocab_size(shard))
-    logps = token_logps.log_softmax(logits, labels[mask])
-    return masked_mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
+def _gathered(own: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    return log_softmax(_Gathered.apply(own, shard, _vocab_size(shard)), labels)
 
 
-def _three_reductions(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
-) -> Tensor:
-    own = F.linear(_ToAllRanks.apply(hidden)[mask], weight)
-    logps = _ThreeReductions.apply(own, labels[mask], shard)
-    return masked_mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
+def _of_scored(logps_of: Callable[[Tensor, Tensor, VocabShard], Tensor]) -> Way:
+    """Of scored tokens only: logps_of takes their own logits (M, W) and labels to (M,)."""
+
+    def way(
+        hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
+    ) -> Tensor:
+        own = F.linear(_ToAllRanks.apply(hidden)[mask], weight)
+        logps = logps_of(own, labels[mask], shard)
+        return masked_mean(torch.zeros(labels.shape).masked_scatter(mask, logps), mask)
+
+    return way
 
 
 def _vocab_size(shard: VocabShard) -> int:
@@ -205,8 +187,8 @@ def _vocab_size(shard: VocabShard) -> int:
     return max(stops)
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {
+WAYS: dict[str, Way] = {
     OURS: _ours,
-    GATHERED: _gathered,
-    MEGATRON: _three_reductions,
+    GATHERED: _of_scored(_gathered),
+    MEGATRON: _of_scored(_ThreeReductions.apply),
 }

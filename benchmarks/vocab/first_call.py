@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 
 from benchmarks.common.command import ROOT
-from benchmarks.common.report import BACKWARD, FORWARD, shown
+from benchmarks.common.report import BOTH, FORWARD, shown
 
 EMPTY, CACHED = "empty", "filled"
 PROGRAM = """
@@ -44,6 +44,6 @@ def measure(device: str, backend: str) -> list[FirstCall]:
         for cache in (EMPTY, CACHED):
             command = [sys.executable, "-c", PROGRAM, device, backend]
             out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-            for passes, seconds in zip((FORWARD, BACKWARD), out.stdout.split(), strict=True):
+            for passes, seconds in zip((FORWARD, BOTH), out.stdout.split(), strict=True):
                 rows.append(FirstCall(cache, passes, float(seconds)))
     return rows

@@ -6,10 +6,10 @@ import torch
 
 from benchmarks.common import goals
 from benchmarks.common.goals import Goal
+from benchmarks.common.logits_peers import COMPILED, LOG_SOFTMAX, OURS_IN_PLACE
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.vocab.first_call import CACHED, EMPTY, FirstCall
-from benchmarks.vocab.peers import COMPILED, LOG_SOFTMAX, OURS_IN_PLACE
 from benchmarks.vocab.rows import SIZES, VOCABULARY, Row
 
 # At the headline, (peer, dtype, share of the rows scored) -> speed over it: forward, with backward.
@@ -48,7 +48,7 @@ def judge(rows: Sequence[Row], first_calls: Sequence[FirstCall], headline: int) 
 def _speeds(rows: Sequence[Row]) -> Iterator[Goal]:
     ms = {(row.impl, row.dtype, row.scored_share, row.passes): row.ms for row in rows}
     for (peer, dtype, share), least in SPEEDS.items():
-        for passes, goal in zip((FORWARD, BACKWARD), least, strict=True):
+        for passes, goal in zip((FORWARD, BOTH), least, strict=True):
             ours, theirs = (ms.get((impl, dtype, share, passes)) for impl in (OURS, peer))
             if ours is not None and theirs is not None:
                 what = f"speed over {peer}, {dtype}, {share:.0%} scored, {passes}"
@@ -88,7 +88,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[Goal]:
     for row in rows:
         if row.impl in (OURS, OURS_IN_PLACE) and row.peak_mib is not None:
             most = BASE_MIB + ROW_BYTES * row.batch * row.seq_len / 2**20
-            if row.passes == BACKWARD and row.impl == OURS:
+            if row.passes == BOTH and row.impl == OURS:
                 most += row.num_logits * getattr(torch, row.dtype).itemsize / 2**20  # the gradient
             what = f"peak of {row.impl}, {row.dtype}, {row.scored_share:.0%} scored, {row.passes}"
             yield goals.at_most(what, most, row.peak_mib, "{:.1f} MiB")

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.common.cases import CaseRow
-from benchmarks.common.report import BACKWARD, FORWARD, Line, draw_lines, drawing, shown
+from benchmarks.common.cases import Call, Case, CaseRow
+from benchmarks.common.logits_peers import LOG_SOFTMAX
+from benchmarks.common.measure import least_bytes
+from benchmarks.common.report import BOTH, FORWARD, Line, draw_lines, drawing, shown
 
 VOCABULARY, SIZES = "vocabulary", "sizes"
 
@@ -38,11 +40,26 @@ class Row(CaseRow):
         return *of_batch, self.scored_share, self.passes, self.threads, self.neighbours
 
 
-def least_bytes(num_logits: int, num_scored: int, itemsize: int, passes: str) -> int:
-    """Bytes that have to move: a pass reads scored logits once, the gradient is written whole."""
-    if passes == FORWARD:
-        return itemsize * num_scored
-    return itemsize * (2 * num_scored + num_logits)
+def rows_of(case: Case, calls: list[Call], copy_gb_per_s: float, part: str) -> list[Row]:
+    """Return a row for each implementation that ran."""
+    logits = case.batch.rows
+    num_scored, setting = int(case.batch.mask.sum()) * case.batch.vocab_size, case.setting
+    traffic = least_bytes(logits.numel(), num_scored, logits.element_size())[setting.passes]
+    log_softmax = next((call for call in calls if call.peer.name == LOG_SOFTMAX), None)
+    return [
+        Row(
+            **case.common(call),
+            part=part,
+            threads=setting.threads,
+            neighbours=setting.neighbours,
+            glogits_per_s=logits.numel() / call.ms / 1e6,
+            copy_share=traffic / call.ms / 1e6 / copy_gb_per_s,
+            grad_error=next(iter(call.grad_errors), None),
+            grad_rounding=case.batch.roundings[1],
+            speedup=call.speedup_over(log_softmax),
+        )
+        for call in calls
+    ]
 
 
 NOTES = """\
@@ -70,7 +87,7 @@ def plot_vocabulary(path: Path, rows: Sequence[Row], machine: str) -> None:
     Of the dtypes and shares that were measured it shows the first.
     """
     dtype, share = rows[0].dtype, rows[0].scored_share
-    of = (VOCABULARY, dtype, share, BACKWARD)
+    of = (VOCABULARY, dtype, share, BOTH)
     shown = [row for row in rows if (row.part, row.dtype, row.scored_share, row.passes) == of]
     title = f"forward + backward, {dtype}, {share:.0%} of the rows scored\n{machine}"
     units = {
@@ -99,7 +116,7 @@ def plot_sizes(path: Path, rows: Sequence[Row], machine: str) -> None:
             lambda row: row.num_logits,
             lambda row: row.ms,
         )
-        for passes in (FORWARD, BACKWARD)
+        for passes in (FORWARD, BOTH)
     }
     ticks = {row.num_logits: row.shape for row in shown}
     title = f"time of a call over its size, {of[0]}, {of[1]} threads\n{machine}"

@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from benchmarks.common.peers import OURS
-from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.common.report import BOTH, FORWARD
 from benchmarks.vocab.rows import Row
 
-PASSES = {FORWARD: "forward", BACKWARD: "forward and backward"}
+PASSES = {FORWARD: "forward", BOTH: "forward and backward"}
 CLOSE = 1.05  # ratios of times below that are no difference
 
 
@@ -27,7 +27,7 @@ def sentences(rows: Sequence[Row], headline: int) -> list[str]:
     return [
         _fastest(both, main),
         _lost(lost, len(ours)),
-        _memory([row for row in both if row.passes == BACKWARD]),
+        _memory([row for row in both if row.passes == BOTH]),
         _error(quiet),
         _advice(lost),
     ]

@@ -8,20 +8,13 @@ from functools import cache
 import pytest
 import torch
 
+from benchmarks.common.logits_peers import TRL_KERNEL, kernels
 from benchmarks.common.peers import OURS, collect
-from benchmarks.common.report import FORWARD, Figures
-from benchmarks.kernel.counts import (
-    ALL,
-    BACKWARD,
-    HALF_SHIFT,
-    PASSES,
-    count,
-    make_inputs,
-    read_loop,
-)
-from benchmarks.kernel.model import modelled_rows, work_rows
-from benchmarks.kernel.peers import TRL, candidates
-from benchmarks.kernel.rows import MEMORY, PTX, TIME
+from benchmarks.common.report import BACKWARD, FORWARD
+from benchmarks.kernel.cases import ALL, HALF_SHIFT, PASSES, make_inputs
+from benchmarks.kernel.counts import count
+from benchmarks.kernel.figures import modelled, of_work
+from benchmarks.kernel.tables import MEMORY, PTX, TIME
 from gpu_lab.driver import emulate
 
 VOCAB_SIZE, SEQ_LEN = 131072, 2
@@ -41,18 +34,15 @@ MEMORY_SLACK = {"H100 SXM": 1.0, "H200": 1.0, "B200": 1.15}  # modelled time ove
 def figures(name, target, case):
     """Of one implementation: counted, and modelled for the target's devices."""
     with emulate(target):
-        runnable, _ = collect(candidates(torch.bfloat16))
+        runnable, _ = collect(kernels())
     peer = next((peer for peer in runnable if peer.name == name), None)
     if peer is None:
         pytest.skip(f"{name} is not installed")
     logits = torch.randn(1, SEQ_LEN, VOCAB_SIZE).mul_(3).bfloat16()
     inputs = make_inputs(logits, torch.randint(VOCAB_SIZE, (1, SEQ_LEN)), case)
     counted = count(peer, inputs, target)
-    loops = {
-        (target, passes): read_loop(counted.streaming[passes], torch.bfloat16) for passes in PASSES
-    }
-    rows = Figures(work_rows(name, target, inputs, counted.work, 0.0))
-    rows += modelled_rows(name, inputs, counted.work, loops)
+    rows = of_work(name, target, inputs, counted.work, 0.0)
+    rows += modelled(name, inputs, counted.work, {target: counted.loops()})
     return rows
 
 
@@ -61,7 +51,7 @@ def figures(name, target, case):
 def test_instructions_a_logit(target, passes):
     mine = figures(OURS, target, ALL).value(PTX, passes=passes)
     assert mine <= INSTRUCTIONS[passes]
-    assert mine <= SHARE_OF_TRL[passes] * figures(TRL, target, ALL).value(PTX, passes=passes)
+    assert mine <= SHARE_OF_TRL[passes] * figures(TRL_KERNEL, target, ALL).value(PTX, passes=passes)
 
 
 @pytest.mark.parametrize("case", BYTES, ids=str)

@@ -10,15 +10,16 @@ pytest.importorskip("tqdm")
 
 import dpo_triton
 from benchmarks import bench_kernels
+from benchmarks.common.batches import Shape
 from benchmarks.common.command import Run
-from benchmarks.common.operators import Operators
-from benchmarks.common.peers import OURS
+from benchmarks.common.logits_peers import LIGER, TRL_KERNEL, kernels, sliced
+from benchmarks.common.peers import OURS, Peer
 from benchmarks.common.report import Figure, Figures, aligned
-from benchmarks.kernel import counts, measure, peers, whole
-from benchmarks.kernel.peers import LIGER, TRL, KernelPeer
-from benchmarks.kernel.rows import FLOOR, MEMORY, PTX, TIME
+from benchmarks.kernel import cases, measure
+from benchmarks.kernel.tables import FLOOR, MEASURED, MEMORY, PTX, TIME
 from gpu_lab.driver import emulate
 from gpu_lab.loops import Instruction, streaming_loop
+from gpu_lab.operators import Operators, traffic
 from tools import tune_kernels
 
 V = 4096
@@ -32,7 +33,7 @@ def as_if_without_gpu(monkeypatch):
 
 
 def without_peers(monkeypatch):
-    monkeypatch.setattr(bench_kernels, "candidates", lambda dtype: peers.candidates(dtype)[:1])
+    monkeypatch.setattr(bench_kernels, "kernels", lambda: kernels()[:1])
 
 
 def read(path):
@@ -109,18 +110,17 @@ def test_refuses_wrong_results(monkeypatch, capsys, tmp_path, wrong):
 
 
 def test_a_peer_that_fails_is_said(monkeypatch, capsys, tmp_path):
-    def fail(logits, labels, mask, shift):
+    def fail(logits, labels, mask, **options):
         raise RuntimeError("no such kernel, for the test")
 
-    ours = peers.candidates(torch.bfloat16)[0]
-    broken = KernelPeer(LIGER, "", lambda: fail)
-    absent = KernelPeer(TRL, "", lambda: fail, "no_such_package")
-    monkeypatch.setattr(bench_kernels, "candidates", lambda dtype: [ours, broken, absent])
-    monkeypatch.setattr(bench_kernels, "CASES", (counts.ALL, counts.HALF_SHIFT))
+    broken = Peer(LIGER, "", lambda: fail)
+    absent = Peer(TRL_KERNEL, "", lambda: fail, "no_such_package")
+    monkeypatch.setattr(bench_kernels, "kernels", lambda: [kernels()[0], broken, absent])
+    monkeypatch.setattr(bench_kernels, "CASES", (cases.ALL, cases.HALF_SHIFT))
     assert bench_kernels.main([*TINY[:-1], "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"not run: {LIGER}: RuntimeError: no such kernel" in out
-    assert f"not run: {TRL}: no_such_package is not installed" in out
+    assert f"not run: {TRL_KERNEL}: no_such_package is not installed" in out
     assert (tmp_path / "kernels-modelled.local.png").stat().st_size > 0
 
 
@@ -129,15 +129,15 @@ def test_torch_traffic_is_that_of_the_operators():
     whole, part = 2 * 4 * V * 2, 2 * 3 * V * 2
     with Operators() as operators:
         result = logits[:, :-1]  # a view
-    assert counts.torch_traffic(operators.started, V) == (0, 0)
+    assert traffic(operators.started, V) == (0, 0)
     with Operators() as operators:
         torch.autograd.grad(result, logits, torch.ones_like(result))
     ones = part  # torch.ones_like
-    assert counts.torch_traffic(operators.started, V) == (part, ones + whole + part)
+    assert traffic(operators.started, V) == (part, ones + whole + part)
     with Operators() as operators:
         result.detach().reshape(-1, V)  # a copy
         torch.zeros(V - 1).clone()  # too small to count
-    assert counts.torch_traffic(operators.started, V) == (part, part)
+    assert traffic(operators.started, V) == (part, part)
 
 
 def test_shared_reads_count_once():
@@ -179,14 +179,15 @@ def test_tuning_marks_the_chosen_setting(monkeypatch, capsys):
 def test_measured_rows():
     logits = torch.zeros(2, 4, V, dtype=torch.bfloat16)
     labels = torch.zeros(2, 4, dtype=torch.int64)
-    inputs = counts.make_inputs(logits, labels, counts.HALF_SHIFT)
+    inputs = cases.make_inputs(logits, labels, cases.HALF_SHIFT)
+    plan = measure.Plan("some", inputs, measure.TIMED, 1.0)
     rows = Figures()
     for passes in measure.TIMED:
         samples = [0.004, 0.002, 0.001, 0.003, 0.005]
-        rows += measure.time_rows(OURS, inputs, passes, samples, copy_gb_per_s=20.0)
+        rows += measure.time_figures(OURS, passes, plan, samples, copy_gb_per_s=20.0)
     assert rows.value("time", passes="forward") == 0.003
-    assert rows.value("time, p20") == 0.002
-    assert rows.value("time, p80") == 0.005
+    assert rows.value("time, p20") == pytest.approx(0.0018)
+    assert rows.value("time, p80") == pytest.approx(0.0042)
     scored = 2 * 2 * V * 2  # bytes
     for passes, least in (
         ("forward", scored),
@@ -196,15 +197,16 @@ def test_measured_rows():
         speed = rows.value("least bytes over time", passes=passes)
         assert speed == pytest.approx(least / 0.003e-3 / 1e9)
         assert rows.value(measure.COPY_SHARE, passes=passes) == pytest.approx(speed / 20)
-    table = measure.table(rows)
+    table = rows.pivot(*MEASURED)
     assert len(table.splitlines()) == 4
-    assert "0.003  0.002  0.005" in table
-    overwriting = KernelPeer(LIGER, "", lambda: print, overwrites_logits=True)
+    assert "0.0030  0.0018  0.0042" in table
+    overwriting = Peer(LIGER, "", lambda: print, overwrites_logits=True)
     assert measure.timed(overwriting, inputs, "backward") is None
 
 
-def plain(logits, labels, mask, shift):
-    logits, labels, mask = peers.sliced(logits, labels, mask, shift)
+def plain(logits, labels, mask, *, reduction, shift):
+    assert reduction == "sum"
+    logits, labels, mask = sliced(logits, labels, mask, shift)
     logps = logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     return (logps if mask is None else logps * mask).sum(1)
 
@@ -212,14 +214,17 @@ def plain(logits, labels, mask, shift):
 @pytest.mark.parametrize("error", [0.0, 0.1])
 def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     """The same command, with a CPU for the GPU and plain PyTorch for the kernels."""
-    peer = KernelPeer(OURS, "", lambda: lambda *batch: plain(*batch) * (1 + error), ours=True)
-    absent = KernelPeer(TRL, "", lambda: plain, obstacle="not here")
-    monkeypatch.setattr(bench_kernels, "candidates", lambda dtype: [peer, absent])
+    peer = Peer(
+        OURS, "", lambda: lambda *batch, **how: plain(*batch, **how) * (1 + error), ours=True
+    )
+    absent = Peer(TRL_KERNEL, "", lambda: plain, obstacle="not here")
+    monkeypatch.setattr(bench_kernels, "kernels", lambda: [peer, absent])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, value in dict(DEVICE=torch.device("cpu"), COPY_NUMEL=2**16, ROWS=16).items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(measure, "SEQ_LEN", 8)
-    monkeypatch.setattr(measure, "SHAPES", [whole.Shape("small", 2, 4, 257)])
+    small = cases.WholeCall(Shape(2, 4, 257, name="small"), cases.ALL)
+    monkeypatch.setattr(measure, "WHOLE_CALLS", [small])
     monkeypatch.setattr(measure, "captured", lambda fn: None)
     status = bench_kernels.main(["--vocab", "257", "--quick", "--output", str(tmp_path)])
     out, err = capsys.readouterr()
@@ -229,11 +234,11 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
         assert not list(tmp_path.iterdir())
         return
     assert status == 0
-    assert "not run: TRL: not here" in out
+    assert "not run: TRL kernel: not here" in out
     (path,) = tmp_path.iterdir()
     cells = read(path)
     assert {row["how"] for row in cells} == {"measured"}
-    assert len(cells) == 2 * 3 * 5 + 2  # cases, passes, quantities; calls of one shape
+    assert len(cells) == 2 * 3 * 5 + 2 * 5  # cases, passes, quantities; calls of one shape
     assert all(row["value"] > 0 for row in cells)
 
 

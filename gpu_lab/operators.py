@@ -1,4 +1,4 @@
-"""PyTorch's operators, as they are started."""
+"""PyTorch's own operators, as they are started, and the bytes that they move."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -56,3 +56,24 @@ class Operators(TorchDispatchMode):
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [x for x in values if isinstance(x, torch.Tensor) and x.numel() > 0]
+
+
+def traffic(operators: Iterable[Operator], least: int) -> tuple[int, int]:
+    """Derive the bytes that operators load and store: each reads its inputs and writes its outputs
+    once. Tensors of fewer elements than `least` do not count."""
+    loaded = stored = 0
+    for operator in operators:
+        outputs = [x.nbytes for x in operator.outputs if x.numel >= least]
+        if not (operator.moves and outputs):
+            continue
+        name = operator.name
+        inputs = [x.nbytes for x in operator.inputs if x.numel >= least]
+        if name.startswith("new_") or name.endswith("_like"):
+            inputs = []
+        elif operator.is_mutable and name.rstrip("_") in ("copy", "fill", "zero"):
+            inputs = inputs[1:]
+        loaded += sum(inputs)
+        stored += sum(outputs)
+        if name == "slice_backward":  # zeros for the whole tensor, then a copy into the slice
+            stored += sum(inputs)
+    return loaded, stored
