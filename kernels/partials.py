@@ -176,8 +176,8 @@ def _partials_kernel(
 
         R: tl.constexpr = BLOCK_V // (THREADS * VEC)
         TAIL_R: tl.constexpr = 8 // VEC  # what is left of a tile goes in narrow ones
-        limit = tl.minimum(LARGEST_EXPONENT / exponent_scale, -LOWEST)  # of peaks
-        peak = tl.full([THREADS], -limit, tl.float32)
+        limit = tl.minimum(LARGEST_EXPONENT.value / exponent_scale, -LOWEST)  # of peaks
+        peak = tl.zeros([THREADS], tl.float32) - limit
         total = tl.zeros([THREADS], tl.float32)
         weighted = tl.zeros([THREADS], tl.float32)  # sum of 2 ** exponent * exponent: the entropy's
         logit_sum = tl.zeros([THREADS], tl.float32)  # sum of u * MEAN_UNIT, target included
