@@ -39,7 +39,6 @@ LIMITS = {
     "sm_120": Limits(48, 65536, 100 << 10, 24),
 }
 
-SUB_PARTITIONS = 4  # of a multiprocessor; each issues one warp instruction a cycle
 RESERVED_SHARED_BYTES = 1024  # the system's own, in every block, from compute capability 8.0 on
 REGISTERS_UNIT = 256  # a warp's registers are allocated in such steps
 WARPS_UNIT = 4  # and warps in fours, one a sub-partition

@@ -66,7 +66,11 @@ def test_no_spills_half_of_the_warps_and_wide_accesses(target, dtype, layout, op
         code = codegen.inspect_kernel(kernel)
         assert code.spills == 0, kernel.name
         assert code.stack_bytes == 0, kernel.name
-        assert code.occupancy >= least_occupancy(target, options, kernel.name), (kernel.name, code.registers, code.occupancy_limit)
+        assert code.occupancy >= least_occupancy(target, options, kernel.name), (
+            kernel.name,
+            code.registers,
+            code.occupancy_limit,
+        )
         if kernel.name in ("_partials_kernel", "_grad_kernel") and layout != "50257":
             assert code.access_bits["load"][128] > 0, kernel.name
         if kernel.name == "_grad_kernel" and layout == "128256":
