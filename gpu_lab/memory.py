@@ -96,7 +96,8 @@ class SharedMemory:
     """Shared memory of the blocks that run together: bounds, and races between barriers.
 
     A race is an access to what another warp has written, or a write to what another warp has read,
-    with no barrier between them.
+    with no barrier between them. Where several warps write the same bytes with the same values,
+    as copies of one sum, there is none.
     """
 
     MANY = -2  # more than one warp has read it
@@ -143,15 +144,21 @@ class SharedMemory:
         readers = self.reader[touched]
         if ((readers != -1) & (readers != mine)).any():
             raise MemoryError(f"race: what another warp has read is overwritten: {text}")
-        if (self.is_fresh[touched] & (self.writer[touched] != mine)).any():
+        words = self.bytes.view(UNSIGNED[size])
+
+        def differs() -> np.ndarray:
+            """Whether what a lane writes is other than what is there."""
+            each = [words[where // size + i] != value for i, value in enumerate(values)]
+            return np.logical_or.reduce(each)[:, None]
+
+        if (self.is_fresh[touched] & (self.writer[touched] != mine) & differs()).any():
             raise MemoryError(f"race: two warps write the same bytes: {text}")
         self.writer[touched] = mine
-        if (self.writer[touched] != mine).any():
-            raise MemoryError(f"race: two warps write the same bytes at once: {text}")
-        self.is_fresh[touched] = True
-        words = self.bytes.view(UNSIGNED[size])
         for i, value in enumerate(values):
             words[where // size + i] = value
+        if ((self.writer[touched] != mine) & differs()).any():
+            raise MemoryError(f"race: two warps write the same bytes at once: {text}")
+        self.is_fresh[touched] = True
 
     def _locate(self, block: np.ndarray, address: np.ndarray, width: int, text: str) -> np.ndarray:
         if (address % width).any():

@@ -38,7 +38,7 @@ COMBINATIONS = {
     "pinned": Combination("3.11", "2.13.0", "3.7.1", "2.4.6"),
     "newest": Combination("3.13", "2.15.0", "3.9.0", "2.5.5"),
 }
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath", "numba")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath", "numba", "tqdm", "matplotlib")
 # Values, gradients and edges on both backends, torch.compile, compiled kernels, and the self-check.
 TESTS = (
     "tests/test_values.py",

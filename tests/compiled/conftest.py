@@ -23,7 +23,16 @@ class InOwnProcess(pytest.File):
 class OwnProcess(pytest.Item):
     def runtest(self) -> None:
         seed = str(self.config.getoption("--seed"))
-        command = [sys.executable, "-m", "pytest", str(self.path), "--seed", seed, "--tb=short"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rs",
+            str(self.path),
+            "--seed",
+            seed,
+            "--tb=short",
+        ]
         # To import plug-ins that these files do not use takes seconds.
         environment = {
             **os.environ,
@@ -34,6 +43,9 @@ class OwnProcess(pytest.Item):
             command, cwd=self.config.rootpath, env=environment, capture_output=True, text=True
         )
         print(done.stdout[-200:])
+        if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:  # the file skips itself
+            reasons = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+            pytest.skip("; ".join(reasons))
         if done.returncode != 0:
             pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
 

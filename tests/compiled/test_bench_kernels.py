@@ -220,13 +220,15 @@ def test_a_gpu_is_measured(monkeypatch, capsys, tmp_path, error):
     absent = Peer(TRL_KERNEL, "", lambda: plain, obstacle="not here")
     monkeypatch.setattr(bench_kernels, "kernels", lambda: [peer, absent])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)  # PyTorch's clock would
     for name, value in dict(DEVICE=torch.device("cpu"), COPY_NUMEL=2**16, ROWS=16).items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(measure, "SEQ_LEN", 8)
     small = cases.WholeCall(Shape(2, 4, 257, name="small"), cases.ALL)
     monkeypatch.setattr(measure, "WHOLE_CALLS", [small])
     monkeypatch.setattr(measure, "captured", lambda fn: None)
-    status = bench_kernels.main(["--vocab", "257", "--quick", "--output", str(tmp_path)])
+    command = ["--vocab", "257", "--quick", "--no-plot", "--output", str(tmp_path)]
+    status = bench_kernels.main(command)
     out, err = capsys.readouterr()
     if error:
         assert status == 1

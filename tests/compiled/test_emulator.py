@@ -11,6 +11,7 @@ from batches import fused, make_batch, value_and_grad
 
 from gpu_lab import driver, machine, ptx
 from gpu_lab.driver import emulate
+from gpu_lab.memory import SharedMemory
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 
@@ -217,6 +218,23 @@ def test_a_missing_barrier_is_caught(target, schedule, mutated):
         mutated(lambda text, k=kernel: text.replace("bar.sync", "// ", 1) if k in text else text)
         with emulate(target, schedule), pytest.raises(MemoryError, match=r"race|before anything"):
             value_and_grad(fused("triton"), batch)
+
+
+@pytest.mark.parametrize("gap", [0, 1], ids=["at once", "one after the other"])
+def test_warps_may_write_copies_of_one_value(gap):
+    """As Triton 3.9 has them do after a reduction; other values are a race."""
+
+    def write(*values):
+        shared = SharedMemory(1, 16)
+        stores = [[0, 1]] if gap == 0 else [[0], [1]]
+        for warps in stores:
+            at = np.full(len(warps), 4)
+            words = [np.array([values[warp] for warp in warps], np.uint32)]
+            shared.store(0 * at, np.array(warps), at, words, "st")
+
+    write(7, 7)
+    with pytest.raises(MemoryError, match="race: two warps write the same bytes"):
+        write(7, 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1023), (1, 2, 6401)])
