@@ -155,9 +155,12 @@ def test_packed(shift, trains, backend, device):
     options = dict(shift=shift, cu_seqlens=cu_seqlens)
     found = value_and_grads(seq(backend), batch, upstream, trains, **options)
     exact = linear_truth("seq_logprob", batch, upstream, trains, **options)
+    rough = value_and_grads(reference.linear_seq_logprob, batch, upstream, trains, **options)
     assert_close(found[0], exact[0], 2e-6 * (1 + float(exact[0].abs().max())))
-    for ours, truth in zip(found[1:], exact[1:], strict=True):
-        assert_close(ours, truth, 4e-6 * float(truth.abs().max()))
+    for ours, plain, truth in zip(found[1:], rough[1:], exact[1:], strict=True):
+        # The product's rounding alone is more than that in one draw of thousands.
+        allowed = max(4e-6 * float(truth.abs().max()), 2 * max_error(plain, truth))
+        assert_close(ours, truth, allowed)
     tokens = fused(backend, "fused_linear_token_logprob")
     found = tokens(*batch[:2], *batch[3:], bias=batch.bias, **options)
     assert_close(found, linear_truth("token_logprob", batch, **options)[0], 2e-5)
