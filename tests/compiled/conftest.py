@@ -23,16 +23,8 @@ class InOwnProcess(pytest.File):
 class OwnProcess(pytest.Item):
     def runtest(self) -> None:
         seed = str(self.config.getoption("--seed"))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-rs",
-            str(self.path),
-            "--seed",
-            seed,
-            "--tb=short",
-        ]
+        pytest_short = [sys.executable, "-m", "pytest", "-rs", "--tb=short"]
+        command = [*pytest_short, str(self.path), "--seed", seed]
         # To import plug-ins that these files do not use takes seconds.
         environment = {
             **os.environ,
